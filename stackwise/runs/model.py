@@ -136,7 +136,7 @@ def _end_of_stage(run: Path, stage: int) -> Checkpoint:
 def _build(source: Path, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> Decoder:
     from stackwise.model.decoder import Decoder
 
-    model = Decoder(_model_config(source, description["config"]))
+    model = Decoder(_model_config(source, description["config"]), initialize=False)
     model.shift = bool(description["shift"])
     model.set_attention_mode(description["attention_mode"])
     wanted = model.state_dict(keep_vars=True)

@@ -7,6 +7,7 @@ YAML; nothing is ever unpickled. Every fault is a :class:`RunError`.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from stackwise.config import ModelConfig, StackWiseConfig
 
 CONFIG = "config.yaml"
+SUMMARY = "summary.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -145,6 +147,19 @@ class RunStore:
         when none is intact.
         """
         return self.checkpoints.latest()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json, the record of a finished run: its mode and its stages' results."""
+        text = json.dumps(summary, indent=1) + "\n"
+        write_bytes(self.path / SUMMARY, text.encode())
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What :meth:`write_summary` wrote; None while training has not finished."""
+        path = self.path / SUMMARY
+        if not path.is_file():
+            return None
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return summary
 
     def save_block(
         self, index: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None

@@ -1,0 +1,1 @@
+"""Training: stages, the one loop that runs them, the activation cache, the public trainers."""
