@@ -134,6 +134,7 @@ class UnifiedTrainer:
             if checkpoint is not None:
                 loop.restore(checkpoint)
             results = loop.train()
+            _drop_untrained_blocks(model, loop.stages[-1].depth)
             store.save_model(model.state_dict(), model.config, None, model_description(model))
             self._summarise(store, results)
             with contextlib.suppress(FileNotFoundError):
@@ -228,6 +229,12 @@ class FusionTrainer:
         self._config.training.mode = "fused"
         self._config.training.fusion_mode = fusion_mode  # type: ignore[assignment]
         return UnifiedTrainer(self._config, self._data).train()
+
+
+def _drop_untrained_blocks(model: Decoder, depth: int) -> None:
+    """Leaves out blocks that no stage has run (``training.total_blocks`` stopped the growth)."""
+    model.blocks = model.blocks[:depth]
+    model.config.n_layers = depth
 
 
 def _copy(config: StackWiseConfig) -> StackWiseConfig:

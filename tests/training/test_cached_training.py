@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
+import pytest
 import torch
 
+from stackwise.training import activation_cache
+from stackwise.training.activation_cache import StaleCacheError
 from stackwise.training.loop import TrainingLoop
+from stackwise.training.stage_input import StageInput
 from stackwise.training.trainers import UnifiedTrainer
 
 CACHED = ["training.mode=layerwise", "training.activation_cache=true", "training.cache_masks=2"]
@@ -75,3 +81,57 @@ def test_the_cache_is_removed_when_the_run_is_finished(make_config):
     result = UnifiedTrainer(make_config(*CACHED)).train()
     assert not (result.run_path / "activation_cache").exists()
     assert sum(stage["cache_seconds"] > 0 for stage in result.stages) == 3
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_a_kill_in_the_middle_of_rolling_is_resumed_to_the_same_numbers(
+    make_config, monkeypatch, call
+):
+    """Shards of one batch each: the kill leaves some rolled forward and some not."""
+    monkeypatch.setattr(activation_cache, "_default_rows_per_shard", lambda spec, batch_rows: 8)
+    losses, whole = losses_and_weights(make_config(*CACHED))
+    calls = []
+    advance = StageInput._advance
+
+    def dying(self, *args, **kwargs):
+        calls.append(self.stage.index)
+        if len(calls) == call:
+            raise Killed
+        return advance(self, *args, **kwargs)
+
+    config = make_config(*CACHED, "run.id=killed")
+    monkeypatch.setattr(StageInput, "_advance", dying)
+    with pytest.raises(Killed):
+        UnifiedTrainer(config).train()
+    run = pathlib.Path(config.run.dir) / "killed"
+    shards = {path.read_bytes()[:400] for path in (run / "activation_cache").glob("shard_*")}
+    assert len(shards) > call
+    after = []
+    resumed = UnifiedTrainer.resume(run, on_step=lambda r: after.append(r["loss"])).train()
+    assert after == losses[-len(after) :]
+    assert len(after) == 4
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+def test_a_cache_of_other_weights_is_not_read(make_config, monkeypatch):
+    """A prefix that changed behind the cache's back is recomputed, not served stale."""
+    config = make_config(*CACHED, "run.id=changed")
+    seen = []
+    read = activation_cache.ActivationCache.prefetch
+
+    def watched(self, requests, stage, prefix_hash, **options):
+        seen.append((self.prefix_hash, prefix_hash))
+        with pytest.raises(StaleCacheError):
+            self.read([0], 0, stage, "0" * 64)
+        return read(self, requests, stage, prefix_hash, **options)
+
+    monkeypatch.setattr(activation_cache.ActivationCache, "prefetch", watched)
+    UnifiedTrainer(config).train()
+    assert len(seen) == 2
+    assert all(held == wanted for held, wanted in seen)
+    assert seen[0] != seen[1]

@@ -65,8 +65,9 @@ def temporary_files(run: pathlib.Path) -> list[pathlib.Path]:
 
 def kill_and_resume(make_config, tmp_path, recipe: str, kills: int, seed: int) -> None:
     """Runs ``recipe`` once undisturbed and once killed ``kills`` times at random moments."""
-    undisturbed = UnifiedTrainer(make_config(*RECIPES[recipe], "run.id=whole")).train().run_path
-    config = make_config(*RECIPES[recipe], "run.id=killed")
+    long = [*RECIPES[recipe], f"training.max_steps={90 * kills}", "training.save_interval=5"]
+    undisturbed = UnifiedTrainer(make_config(*long, "run.id=whole")).train().run_path
+    config = make_config(*long, "run.id=killed")
     file = tmp_path / "config.yaml"
     config.to_yaml(str(file))
     run = pathlib.Path(config.run.dir) / "killed"
@@ -77,16 +78,14 @@ def kill_and_resume(make_config, tmp_path, recipe: str, kills: int, seed: int) -
         deadline = time.monotonic() + 60
         while _progress(run) == already and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.6))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(rng.uniform(0.0, 0.7))
+        assert process.poll() is None, "the run was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        if (run / "model").is_dir():
-            break
-    if not (run / "model").is_dir():
-        process = start(["--resume", str(run)] if (run / "config.yaml").exists() else [str(file)])
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    assert not (run / "model").exists()
+    process = start(["--resume", str(run)])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-2000:]
     assert numbers(run) == numbers(undisturbed)
     assert temporary_files(run) == []
 

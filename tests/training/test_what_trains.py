@@ -121,3 +121,12 @@ def test_a_copy_of_the_configuration_is_trained_not_the_callers(make_config):
     config = make_config("training.mode=end_to_end", "training.max_steps=2")
     UnifiedTrainer(config).train()
     assert config.model.vocab_size is None
+
+
+def test_blocks_that_no_stage_ran_are_left_out_of_the_saved_model(make_config):
+    config = make_config(
+        "training.mode=blockwise", "training.block_size=1", "training.total_blocks=2"
+    )
+    result = UnifiedTrainer(config).train()
+    assert len(result.model.blocks) == len(load_run_model(result.run_path).blocks) == 2
+    assert len(UnifiedTrainer.resume(result.run_path).train().model.blocks) == 2
