@@ -18,11 +18,17 @@ import sys
 import time
 from typing import Any
 
+_RECOMPUTE = "training.activation_cache=false"
+_FUSED = ["training.mode=fused", "training.block_size=1", _RECOMPUTE]
 MODES: dict[str, list[str]] = {
     "layer-wise, cached": ["training.mode=layerwise", "training.activation_cache=true"],
-    "fusion, frozen": ["training.mode=fused", "training.fusion_mode=frozen"],
-    "fusion, trainable": ["training.mode=fused", "training.fusion_mode=trainable"],
-    "end-to-end control": ["training.mode=end_to_end"],
+    "fusion, frozen": [*_FUSED, "training.fusion_mode=frozen"],
+    "fusion, trainable": [
+        *_FUSED,
+        "training.fusion_mode=trainable",
+        "training.backbone_lr=1e-3",
+    ],
+    "end-to-end control": ["training.mode=end_to_end", _RECOMPUTE],
 }
 
 
@@ -118,7 +124,7 @@ def draw_sample(run: pathlib.Path) -> str:
     from stackwise.runs import load_run_model, load_run_tokenizer
 
     prompt = "Return the [MASK:4] of the string, or raise an[MASK:4]if it is not [MASK:6]."
-    settings = GenerationConfig(max_new_tokens=0, temperature=0.7)
+    settings = GenerationConfig(temperature=0.7)
     filled = generate(load_run_model(run), load_run_tokenizer(run), prompt, settings, seed=0)
     return f"  {prompt}\n  -> {filled[0]}"
 
