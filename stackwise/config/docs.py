@@ -29,7 +29,7 @@ from stackwise import StackWiseConfig
 config = StackWiseConfig.from_yaml("configs/quickstart.yaml", ["training.lr=3e-4"])
 config.training.batch_size = 16
 config.validate()
-config.to_yaml("mine.yaml")                  # reads back equal
+config.to_yaml("mine.yaml")  # reads back equal
 ```
 
 ## How a file is read

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 from stackwise.config.schema import StackWiseConfig
@@ -30,9 +30,14 @@ class FieldSpec:
         return typing.cast("type", sections[0]) if sections else None
 
 
-@functools.cache
 def field_specs(cls: type) -> dict[str, FieldSpec]:
     """The fields of a configuration dataclass by name, in their order of declaration."""
+    # mypy takes the class of an unhashable dataclass for unhashable itself.
+    return _field_specs(typing.cast("Hashable", cls))
+
+
+@functools.cache
+def _field_specs(cls: Any) -> dict[str, FieldSpec]:
     hints = typing.get_type_hints(cls)
     specs = {}
     for item in dataclasses.fields(cls):

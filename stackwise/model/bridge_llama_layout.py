@@ -30,33 +30,31 @@ def read_llama_like(reader: ConfigReader, **fields: Any) -> ModelConfig:
         reader.refuse(
             "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})"
         )
-    return ModelConfig(
-        **{
-            "architecture": "llama",
-            "vocab_size": reader.integer("vocab_size"),
-            "d_model": width,
-            "n_layers": reader.integer("num_hidden_layers"),
-            "n_heads": heads,
-            "n_kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "d_ff": reader.integer("intermediate_size"),
-            "attention_type": "standard" if kv_heads == heads else "gqa",
-            "attention_mode": "causal",
-            "tie_embeddings": bool(reader.get("tie_word_embeddings", False)),
-            "use_rope": True,
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "max_position_embeddings": reader.integer("max_position_embeddings"),
-            "norm": "rms_norm",
-            "norm_eps": float(reader.get("rms_norm_eps", 1e-6)),
-            "ffn": _GATED[activation],
-            "qkv_bias": False,
-            "out_bias": False,
-            "ffn_bias": False,
-            "init_std": float(reader.get("initializer_range", 0.02)),
-        }
-        | fields
-    )
+    values: dict[str, Any] = {
+        "architecture": "llama",
+        "vocab_size": reader.integer("vocab_size"),
+        "d_model": width,
+        "n_layers": reader.integer("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "d_ff": reader.integer("intermediate_size"),
+        "attention_type": "standard" if kv_heads == heads else "gqa",
+        "attention_mode": "causal",
+        "tie_embeddings": bool(reader.get("tie_word_embeddings", False)),
+        "use_rope": True,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": reader.integer("max_position_embeddings"),
+        "norm": "rms_norm",
+        "norm_eps": float(reader.get("rms_norm_eps", 1e-6)),
+        "ffn": _GATED[activation],
+        "qkv_bias": False,
+        "out_bias": False,
+        "ffn_bias": False,
+        "init_std": float(reader.get("initializer_range", 0.02)),
+    }
+    return ModelConfig(**values | fields)
 
 
 def write_llama_like(config: ModelConfig) -> dict[str, Any]:
