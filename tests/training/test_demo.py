@@ -10,7 +10,12 @@ import pytest
 from stackwise import demo
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SMALL = ["training.max_steps=8", "data.num_samples=300", "evaluation.max_rows=8", "model.d_model=32"]
+SMALL = [
+    "training.max_steps=8",
+    "data.num_samples=300",
+    "evaluation.max_rows=8",
+    "model.d_model=32",
+]
 
 
 @pytest.mark.slow

@@ -1,0 +1,127 @@
+"""The machine code of every Triton kernel, without a GPU: no spills, shared memory within limits,
+the planned instructions present. benchmarks/results/machine_code.csv is the record of all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import machine_code as record
+from stackwise.kernels.triton_ops import machine_code
+from stackwise.kernels.triton_ops.machine_code import Case, Report
+
+# Compilations that `make test` has time for.
+SAMPLE, CHANGED = 3, 8
+
+
+@functools.cache
+def all_cases() -> tuple[Case, ...]:
+    return tuple(machine_code.cases())
+
+
+def spread(cases: list[Case], count: int) -> list[Case]:
+    """``count`` of them at equal distances, so that every module and architecture has its turn."""
+    return cases[:: max(1, -(-len(cases) // count))]
+
+
+def faults_of(cases: list[Case]) -> list[str]:
+    return [fault for case in cases for fault in machine_code.faults(machine_code.inspect(case))]
+
+
+def find(kernel: str, arch: int, *words: str) -> Case:
+    return next(
+        case
+        for case in all_cases()
+        if case.arch == arch and case.name.startswith(kernel) and all(w in case.name for w in words)
+    )
+
+
+def test_every_architecture_has_every_kernel_once() -> None:
+    cases = all_cases()
+    assert len({case.digest for case in cases}) == len(cases)
+    assert len({(c.name, c.arch, c.num_warps) for c in cases}) == len(cases)
+    names = {arch: {c.name for c in cases if c.arch == arch} for arch in machine_code.ARCHITECTURES}
+    kernels = {arch: {name.split("[")[0] for name in names[arch]} for arch in names}
+    assert all(kernels[arch] == kernels[90] for arch in names)
+    assert {"gated_forward_kernel", "rope_kernel", "column_sum_kernel"} <= kernels[90]
+
+
+def test_what_changed_since_the_record_has_no_faults() -> None:
+    recorded = record.read_records()
+    changed = [case for case in all_cases() if case.digest not in recorded]
+    assert not faults_of(spread(changed, CHANGED))
+
+
+def test_a_sample_has_no_faults() -> None:
+    assert not faults_of(spread(list(all_cases()), SAMPLE))
+
+
+def test_the_record_has_no_faults_and_says_so() -> None:
+    rows = record.read_records().values()
+    assert len(rows) > 100
+    for row in rows:
+        assert row["spills"] == "0", row
+        assert row["missing"] == "", row
+        assert int(row["shared"]) <= machine_code.SHARED_LIMIT[int(row["arch"])], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", machine_code.ARCHITECTURES)
+def test_everything_has_no_faults(arch: int) -> None:
+    assert not faults_of([case for case in all_cases() if case.arch == arch])
+
+
+def test_a_spilling_configuration_is_caught() -> None:
+    case = find("gated_backward_kernel", 90, "bf16", "BLOCK_R=2")
+    assert not machine_code.faults(machine_code.inspect(case))
+    starved = machine_code.inspect(dataclasses.replace(case, options={"maxnreg": 24}))
+    assert starved.registers <= 24
+    assert starved.spills > 0
+    assert "spill instructions" in machine_code.faults(starved)[0]
+
+
+def test_a_missing_instruction_is_caught() -> None:
+    case = find("gated_forward_kernel", 80, "bf16", "BLOCK_R=2")
+    report = machine_code.inspect(dataclasses.replace(case, aligned=()))
+    assert report.vector_loads == 0
+    assert "no instruction matches" in machine_code.faults(report)[0]
+
+
+@pytest.mark.parametrize("arch", machine_code.ARCHITECTURES)
+def test_too_much_shared_memory_is_caught(arch: int) -> None:
+    blank = {field.name: 0 for field in dataclasses.fields(Report)} | {"kernel": "k", "missing": ""}
+    limit = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}[arch] * 1024
+    within = Report(**blank | {"arch": arch, "shared": limit})
+    assert machine_code.faults(within) == []
+    beyond = dataclasses.replace(within, shared=limit + 1)
+    assert "bytes of shared memory" in machine_code.faults(beyond)[0]
+
+
+def test_the_digest_follows_source_and_launch() -> None:
+    case = find("gated_forward_kernel", 90, "fp32")
+    digests = {
+        case.digest,
+        dataclasses.replace(case, arch=80).digest,
+        dataclasses.replace(case, num_warps=8).digest,
+        dataclasses.replace(case, aligned=()).digest,
+        find("gated_backward_kernel", 90, "fp32").digest,
+    }
+    assert len(digests) == 5
+    sources = machine_code._sources(case.kernel)
+    assert {"_gated_forward_kernel", "_forward_tile", "activate", "load_tile"} <= sources.keys()
+    assert sources["_CUBIC"] == "0.044715"
+
+
+def test_the_record_is_written_and_read_back(tmp_path: Path) -> None:
+    report = machine_code.inspect(find("column_sum_kernel", 90))
+    record.write_records([machine_code.as_record(report)], tmp_path / "new" / "record.csv")
+    (row,) = record.read_records(tmp_path / "new" / "record.csv").values()
+    assert row == {key: str(value) for key, value in machine_code.as_record(report).items()}
+    assert report.instructions > 50
+    assert report.registers > 10
