@@ -158,7 +158,7 @@ def write_report(folder: pathlib.Path, results: list[ModeResult], sample: str) -
         "training, with a 95% interval over documents; unigram is the baseline that knows only "
         "token frequencies. Every mode saw the same number of training tokens, summed over its "
         "stages; the schedule's time includes filling the activation cache. Peak MB is the "
-        "training process's memory.\n\n"
+        "training process's resident memory; pages of the mapped activation cache count.\n\n"
         f"![loss curves](loss_curves.png)\n\n## A sample\n\n```\n{sample}\n```\n"
     )
     return report

@@ -8,19 +8,17 @@ training device, as the sum of
     gradients      4 bytes x trainable parameters
     optimizer      8 bytes x trainable parameters (AdamW's two moments)
     activations    what backward needs of every block that gets gradients, per token:
-                   4 bytes x n D for the two norms (n = 2; 4 for rms_norm, which also keeps the
-                   normalised stream), and e bytes (2 under bf16, else 4) x (2 D + q + k + v + o +
-                   f F + latents), with q, k, v, o the widths of queries and keys (mapped ones too
-                   in kernel attention), values and attention output, F the hidden width and f = 4
-                   for gated feed-forwards, 2 for gelu. In the last block of a bidirectional model
-                   queries, output and feed-forward count only for the masked rows. With gradient
-                   checkpointing: 4 D per block, and one block in full.
+                   4 bytes x 2 D for the inputs of the two norms, and e bytes (2 under bf16, else
+                   4) x (2 D + q + k + v + o + f F + latents), with q, k, v, o the widths of queries
+                   and keys (mapped ones too in kernel attention), values and attention output, F
+                   the hidden width and f = 3 for gated feed-forwards, 2 for gelu (experts: those a
+                   token passes through, and 2 D for each routed one). In the last block
+                   feed-forward and (bidirectional) attention output count only for the rows that
+                   predict. With gradient checkpointing: 4 D per block, and one block in full.
     head           the masked rows' input, its gradient in float32 and the float32 gradient of the
                    head's matrix (logits are built in chunks and do not count)
 
-Not in it: the framework (0.3 to 0.6 GB on a GPU), the allocator's slack, validation, and attention
-scores, of which plain PyTorch keeps up to 8 H L bytes per token and block where it has no fused
-kernel for packed documents.
+Not in it: the framework (0.3 to 0.6 GB on a GPU), the allocator's slack, and validation.
 Disk: the activation cache with the shard more that rolling needs, ``keep_checkpoints`` + 1
 checkpoints (one is written before the oldest goes), one backup per block, the finished model.
 """
@@ -276,16 +274,15 @@ def _memory(
     tokens = training.batch_size * training.seq_len
     share = _predicted_share(config, stage)
     selected = math.ceil(tokens * share)
-    with_gradient = stage.depth - stage.frozen_prefix
-    early = shape.attention_mode == "bidirectional" and shape.sliding_window is None
-    narrow = share if early else 1.0
-    block, last = (_block_bytes(shape, bf16, part) * tokens for part in (1.0, narrow))
-    if not roles:
-        activations = 0.0
-    elif training.gradient_checkpointing:
-        activations = with_gradient * FLOAT * shape.d_model * tokens + block
+    layers = range(stage.frozen_prefix, stage.depth) if roles else range(0)
+    kept = [
+        _block_bytes(shape, layer, bf16, share if layer == stage.depth - 1 else 1.0)
+        for layer in layers
+    ]
+    if training.gradient_checkpointing:
+        activations = tokens * (len(layers) * FLOAT * shape.d_model + max(kept, default=0.0))
     else:
-        activations = max(0, with_gradient - 1) * block + last
+        activations = tokens * sum(kept)
     head_trains = "head.weight" in roles or (
         shape.tie_embeddings and "embeddings.token.weight" in roles
     )
@@ -308,15 +305,18 @@ def _predicted_share(config: StackWiseConfig, stage: Stage) -> float:
     return (stage.plan.low + stage.plan.high) / 2
 
 
-def _block_bytes(shape: ModelConfig, bf16: bool, share: float) -> float:
-    """Bytes per token that a block keeps for backward; ``share`` of the rows beyond the keys."""
+def _block_bytes(shape: ModelConfig, layer: int, bf16: bool, share: float) -> float:
+    """Bytes per token that a block keeps for backward, with ``share`` of the rows asking."""
     e = 2 if bf16 else FLOAT
     q, k, v, o, latents = _attention_widths(shape)
-    hidden = _hidden_width(shape) * (2 if shape.ffn == "gelu" else 4)
-    norm = FLOAT * shape.d_model * (2 if shape.norm == "rms_norm" else 1)
-    keys = norm + e * (shape.d_model + k + v + latents)
-    queries = norm + e * (shape.d_model + q + o + hidden)
-    return keys + share * queries
+    hidden = _feed_forward_width(shape, layer)
+    norm = FLOAT * shape.d_model
+    everywhere = norm + e * (shape.d_model + k + v + latents)
+    asking = norm + e * (shape.d_model + hidden)
+    attention: float = e * (q + o)
+    if shape.attention_mode == "bidirectional" and shape.sliding_window is None:
+        attention *= share
+    return everywhere + attention + share * asking
 
 
 def _attention_widths(shape: ModelConfig) -> tuple[int, int, int, int, int]:
@@ -337,10 +337,14 @@ def _attention_widths(shape: ModelConfig) -> tuple[int, int, int, int, int]:
     return q, k, k, q, 0
 
 
-def _hidden_width(shape: ModelConfig) -> int:
-    if shape.moe is not None:
-        return shape.moe.d_ff * (shape.moe.experts_per_token + shape.moe.n_shared_experts)
-    return shape.d_ff or 0
+def _feed_forward_width(shape: ModelConfig, layer: int) -> int:
+    """Width of everything the feed-forward keeps beyond its input."""
+    moe = shape.moe
+    if moe is None or layer < moe.first_dense_layers:
+        return (shape.d_ff or 0) * (2 if shape.ffn == "gelu" else 3)
+    # Every expert gathers its tokens and scatters its outputs.
+    routed = moe.experts_per_token * (2 * shape.d_model + 3 * moe.d_ff)
+    return routed + 3 * moe.n_shared_experts * moe.d_ff
 
 
 def _disk(
