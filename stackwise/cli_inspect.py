@@ -210,10 +210,10 @@ def _benchmarks_runner(folder: Path) -> Any:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """``stackwise tune``: this version has no variant whose default depends on the GPU."""
+    """``stackwise tune``: this version certifies nothing; torch is the default everywhere."""
     print(
-        "stackwise: nothing to certify: this version has the reference and torch variants only, "
-        "which are the same on every device (`stackwise info` lists them)",
+        "stackwise: nothing to certify: in this version no Triton or CUDA variant can become a "
+        'default; those that `stackwise info` lists are reachable with impl="triton"',
         file=sys.stderr,
     )
     return 1
