@@ -65,7 +65,7 @@ def temporary_files(run: pathlib.Path) -> list[pathlib.Path]:
 
 def kill_and_resume(make_config, tmp_path, recipe: str, kills: int, seed: int) -> None:
     """Runs ``recipe`` once undisturbed and once killed ``kills`` times at random moments."""
-    long = [*RECIPES[recipe], f"training.max_steps={90 * kills}", "training.save_interval=5"]
+    long = [*RECIPES[recipe], f"training.max_steps={150 * kills}", "training.save_interval=5"]
     undisturbed = UnifiedTrainer(make_config(*long, "run.id=whole")).train().run_path
     config = make_config(*long, "run.id=killed")
     file = tmp_path / "config.yaml"
