@@ -1,6 +1,6 @@
 """Softmax attention as batched matrix products on a CPU, tile by tile.
 
-In bf16 it is 2 to 4 times as fast as PyTorch's own CPU kernel, whose tiles are too small for
+In bf16 it is faster than PyTorch's own CPU kernel, whose tiles are too small for
 oneDNN. Like eager attention it rounds the scores to the input's dtype before the float32 softmax.
 Backward computes the probabilities again: only q, k and v are kept between the passes.
 
