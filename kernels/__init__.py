@@ -21,6 +21,7 @@ else:
     from .layer_norm import layer_norm
     from .linear_cross_entropy import linear_cross_entropy
     from .mla_attention import mla_attention
+    from .quantize import QuantizedTensor, quantize
     from .random_features import random_features, sample_features
     from .rms_norm import rms_norm
     from .rope import rope
@@ -29,6 +30,7 @@ else:
 
     __all__ = [
         "PackedPlan",
+        "QuantizedTensor",
         "attention",
         "available",
         "bias_gelu",
@@ -37,6 +39,7 @@ else:
         "linear_cross_entropy",
         "mla_attention",
         "plan_packed",
+        "quantize",
         "random_features",
         "register",
         "rms_norm",
