@@ -12,20 +12,28 @@ if __name__ == "kernels":
 else:
     # Imported for the variants that they register.
     from . import attention_torch as _attention_torch  # noqa: F401
+    from . import kernel_attention_torch as _kernel_attention_torch  # noqa: F401
     from . import linear_cross_entropy_torch as _linear_cross_entropy_torch  # noqa: F401
+    from . import lora_linear_torch as _lora_linear_torch  # noqa: F401
+    from . import swiglu_mlp_torch as _swiglu_mlp_torch  # noqa: F401
     from .attention import attention
     from .attention_plan import PackedPlan, plan_packed
     from .bias_gelu import bias_gelu
     from .dispatch import available, register, use
     from .geglu import geglu
+    from .kernel_attention import kernel_attention
     from .layer_norm import layer_norm
     from .linear_cross_entropy import linear_cross_entropy
+    from .lora_linear import lora_linear
     from .mla_attention import mla_attention
-    from .quantize import QuantizedTensor, quantize
+    from .quantize import quantize
+    from .quantized_linear import quantized_linear
+    from .quantized_tensor import QuantizedTensor
     from .random_features import random_features, sample_features
     from .rms_norm import rms_norm
     from .rope import rope
     from .swiglu import swiglu
+    from .swiglu_mlp import swiglu_mlp
     from .triton_ops import register as _register_triton  # noqa: F401
 
     __all__ = [
@@ -35,16 +43,20 @@ else:
         "available",
         "bias_gelu",
         "geglu",
+        "kernel_attention",
         "layer_norm",
         "linear_cross_entropy",
+        "lora_linear",
         "mla_attention",
         "plan_packed",
         "quantize",
+        "quantized_linear",
         "random_features",
         "register",
         "rms_norm",
         "rope",
         "sample_features",
         "swiglu",
+        "swiglu_mlp",
         "use",
     ]
