@@ -138,7 +138,7 @@ def _block_scale(result: QuantizedTensor, amax: Tensor, rows: slice, scale_round
 def _nest_scales(result: QuantizedTensor) -> QuantizedTensor:
     """Quantises nf4's float32 scales: minus their mean, to the 8-bit dynamic code per 256."""
     flat = result.scale.reshape(-1)
-    offset = flat.mean() if flat.numel() else flat.new_zeros(())
+    offset = flat.mean()[None] if flat.numel() else flat.new_zeros(1)
     groups = _padded((flat - offset)[None], NESTED_BLOCK).view(-1, NESTED_BLOCK)
     nested = _nonzero(groups.abs().amax(-1))
     codes = nearest(groups / nested[:, None], table("dynamic", flat.device)).reshape(-1)

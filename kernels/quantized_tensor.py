@@ -35,7 +35,7 @@ class QuantizedTensor:
             (..., N, blocks); fp8_row float32 (..., N, 1); fp8_block float32
             (..., ceil(N / 128), ceil(K / 128)); fp8_tensor float32 (..., 1, 1).
         global_scale: nvfp4 float32 (..., 1, 1); None otherwise.
-        nested_scale, offset: of double-quantised nf4: float32 (ceil(scales / 256),) and ().
+        nested_scale, offset: of double-quantised nf4: float32 (ceil(scales / 256),) and (1,).
     """
 
     def __init__(
@@ -174,7 +174,7 @@ def expected_tensors(
     if double:
         count = torch.Size(scale).numel()
         result["nested_scale"] = ((-(-count // NESTED_BLOCK),), torch.float32)
-        result["offset"] = ((), torch.float32)
+        result["offset"] = ((1,), torch.float32)
     return result
 
 
