@@ -29,7 +29,7 @@ def parts_of(weight: Tensor | QuantizedTensor) -> tuple[Parts, str, list[int]]:
     """A weight as tensors, format ("" for a Tensor) and shape."""
     if isinstance(weight, QuantizedTensor):
         tensors = tuple(getattr(weight, name) for name in PARTS)
-        return tensors, weight.format, list(weight.shape)  # type: ignore[return-value]
+        return tensors, weight.format, list(weight.shape)
     return (weight, None, None, None, None), "", list(weight.shape)
 
 

@@ -66,7 +66,7 @@ def quantize(
         if format not in ("mxfp4", "mxfp8"):
             checks.fail("scale_rounding", f"{scale_rounding!r} for {format}", "mxfp4 or mxfp8 only")
     weight = weight.detach()
-    amax = weight.abs().amax(dim=(-2, -1), keepdim=True).float() if weight.numel() else None
+    amax = _largest_magnitude(weight) if weight.numel() else None
     if amax is not None and not amax.isfinite().all():
         checks.fail("weight", "a value that is not finite", "finite values in the range of float32")
     expected = expected_tensors(format, tuple(weight.shape), False)
@@ -75,9 +75,9 @@ def quantize(
         for name, (shape, dtype) in expected.items()
     }
     if format == "nvfp4":
-        made["global_scale"].copy_(_global_scale(amax, E2M1_MAX * E4M3_MAX))
+        _set_global_scale(made["global_scale"], amax, E2M1_MAX * E4M3_MAX)
     elif format == "fp8_tensor":
-        made["scale"].copy_(_global_scale(amax, E4M3_MAX))
+        _set_global_scale(made["scale"], amax, E4M3_MAX)
     result = QuantizedTensor(format, tuple(weight.shape), weight.dtype, **made)
     scale_rounding = scale_rounding or ("ceil" if format == "mxfp8" else "even")
     _encode(result, weight, rounding == "stochastic", generator, scale_rounding)
@@ -148,9 +148,18 @@ def _nest_scales(result: QuantizedTensor) -> QuantizedTensor:
     )
 
 
-def _global_scale(amax: Tensor | None, largest: float) -> Tensor | float:
+def _largest_magnitude(weight: Tensor) -> Tensor:
+    """float32 (..., 1, 1) of each matrix, without a copy of it; NaN and infinity come through."""
+    top, bottom = (f(weight, dim=(-2, -1), keepdim=True) for f in (torch.amax, torch.amin))
+    return torch.maximum(top, -bottom).float()
+
+
+def _set_global_scale(scale: Tensor, amax: Tensor | None, largest: float) -> None:
     """amax / largest; 1 for a matrix of zeros and for an empty one."""
-    return 1.0 if amax is None else _nonzero(amax / largest)
+    if amax is None:
+        scale.fill_(1.0)
+    else:
+        scale.copy_(_nonzero(amax / largest))
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -128,11 +128,42 @@ class QuantizedTensor:
                 checks.fail(key, "a scale that is not finite", "finite scales")
         return cls(str(name), shape, dtype, **tensors)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    def stored(self) -> dict[str, Tensor]:
+        """:meth:`tensors` as dtypes that every file format and sharder takes: 8-bit floats as
+        uint8 of the same bits. :meth:`from_stored` is the inverse."""
+        return {
+            name: tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+            for name, tensor in self.tensors().items()
+        }
+
+    @classmethod
+    def from_stored(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> QuantizedTensor:
-        """The same codes on another device; ``dtype`` only changes what dequantize() returns."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        """From what :meth:`stored` gave; checks as :meth:`from_tensors` does."""
+        name = metadata.get("format")
+        checks.choice("format", name, tuple(FORMATS))
+        typed = dict(tensors)
+        eight_bit = {"data": torch.uint8 if FORMATS[str(name)].four_bit else torch.float8_e4m3fn}
+        if FORMATS[str(name)].scale_dtype.itemsize == 1:
+            eight_bit["scale"] = FORMATS[str(name)].scale_dtype
+        for key, dtype in eight_bit.items():
+            if key in typed and typed[key].dtype == torch.uint8:
+                typed[key] = typed[key].view(dtype)
+        return cls.from_tensors(typed, metadata)
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        copy: bool = False,
+    ) -> QuantizedTensor:
+        """The same codes on another device; ``dtype`` only changes what dequantize() returns.
+
+        With ``copy`` the tensors are new even where nothing changes.
+        """
+        device = self.device if device is None else device
+        moved = {name: tensor.to(device, copy=copy) for name, tensor in self.tensors().items()}
         return QuantizedTensor(self.format, tuple(self.shape), dtype or self.dtype, **moved)
 
     def scales(self) -> Tensor:
