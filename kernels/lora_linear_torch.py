@@ -19,7 +19,7 @@ from . import dispatch
 from .autocast import to_autocast_dtype
 from .cpu import as_rows
 from .lora_linear import Weight
-from .low_rank_matmul import low_rank_matmul, parts_of
+from .low_rank_matmul import MATMULS, parts_of
 from .quantized_tensor import QuantizedTensor
 
 N_PARTS = 5
@@ -31,6 +31,7 @@ class Frozen:
 
     format: str
     shape: list[int]
+    engine: str = "torch"  # a key of MATMULS
 
 
 def forward_product(
@@ -48,7 +49,7 @@ def forward_product(
         s, right = torch.mm(x, a.to(x.dtype).t()), b.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     shape = (frozen.format, frozen.shape, False)
-    return low_rank_matmul(x, *parts, *shape, s, right, scaling, bias), s
+    return MATMULS[frozen.engine](x, *parts, *shape, s, right, scaling, bias), s
 
 
 @dataclass
@@ -104,7 +105,7 @@ def backward_product(
             empty = dy.new_empty(b.shape)
             result.b = torch.addmm(empty, dy.t(), s, beta=0, alpha=scaling).to(b.dtype)
     if needs.x:
-        result.x = low_rank_matmul(
+        result.x = MATMULS[frozen.engine](
             dy, *parts, frozen.format, frozen.shape, True, ds, low, 1.0, None
         )
     if needs.weight:
@@ -118,19 +119,33 @@ def backward_product(
 def lora_linear_torch(
     x: Tensor,
     weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return lora_linear_with("torch", x, weight, lora_a, lora_b, scaling=scaling, bias=bias)
+
+
+def lora_linear_with(
+    engine: str,
+    x: Tensor,
+    weight: Weight,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     *,
     scaling: float = 1.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    x, parts, frozen = prepare(x, weight)
+    """lora_linear, or without an adapter quantized_linear, with the products of ``engine``."""
+    x, parts, frozen = prepare(engine, x, weight)
     lead = x.shape[:-1]
     out = _LoraLinear.apply(as_rows(x), lora_a, lora_b, bias, scaling, frozen, *parts)
     return out.view(*lead, out.shape[-1])
 
 
-def prepare(x: Tensor, *weights: Weight) -> tuple[Any, ...]:
+def prepare(engine: str, x: Tensor, *weights: Weight) -> tuple[Any, ...]:
     """(x, parts, frozen, parts, frozen, ...), in autocast's dtype where it is on."""
     x = to_autocast_dtype(x.device.type, x)[0]
     prepared: list[Any] = [x]
@@ -138,7 +153,7 @@ def prepare(x: Tensor, *weights: Weight) -> tuple[Any, ...]:
         if isinstance(weight, Tensor):
             weight = to_autocast_dtype(x.device.type, weight)[0]
         parts, format, shape = parts_of(weight)
-        prepared += [parts, Frozen(format, shape)]
+        prepared += [parts, Frozen(format, shape, engine)]
     return tuple(prepared)
 
 
@@ -175,7 +190,7 @@ class _LoraLinear(torch.autograd.Function):
 def quantized_linear_torch(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None
 ) -> Tensor:
-    return lora_linear_torch(x, weight, None, None, bias=bias)
+    return lora_linear_with("torch", x, weight, None, None, bias=bias)
 
 
 dispatch.register("lora_linear", "torch", lora_linear_torch)

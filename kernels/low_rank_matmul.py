@@ -9,6 +9,8 @@ changes no sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .quantized_tensor import QuantizedTensor, decode
 from .workspace import scratch
 
 PARTS = ("data", "scale", "global_scale", "nested_scale", "offset")
+Decode = Callable[[QuantizedTensor, Tensor, slice, slice], None]
 Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 # Dequantised bytes in flight. A GPU's piece stays in its L2 cache; a CPU has no cache to hit, so
@@ -47,7 +50,7 @@ def _column_step(n: int, size: int, limit: int) -> int:
     return max(_ALIGN, limit // max(1, n * size) // _ALIGN * _ALIGN)
 
 
-def _low_rank_matmul(
+def in_pieces(
     x: Tensor,
     data: Tensor,
     scale: Tensor | None,
@@ -61,7 +64,9 @@ def _low_rank_matmul(
     right: Tensor | None,
     alpha: float,
     bias: Tensor | None,
+    decode: Decode = decode,
 ) -> Tensor:
+    """The product with the weight dequantised by ``decode`` in pieces of the scratch's size."""
     n, k = shape
     width = k if transposed else n
     out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
@@ -126,7 +131,7 @@ def _product(
         torch.mm(x, dense, out=out)
 
 
-def _fake(
+def fake(
     x: Tensor,
     data: Tensor,
     scale: Tensor | None,
@@ -144,10 +149,31 @@ def _fake(
     return x.new_empty(x.shape[0], shape[1] if transposed else shape[0])
 
 
-low_rank_matmul = define(
-    "low_rank_matmul(Tensor x, Tensor data, Tensor? scale, Tensor? global_scale, "
-    "Tensor? nested_scale, Tensor? offset, str format, SymInt[] shape, bool transposed, "
-    "Tensor? left, Tensor? right, float alpha, Tensor? bias) -> Tensor",
-    _low_rank_matmul,
-    _fake,
+SCHEMA = (
+    "{name}(Tensor x, Tensor data, Tensor? scale, Tensor? global_scale, Tensor? nested_scale, "
+    "Tensor? offset, str format, SymInt[] shape, bool transposed, Tensor? left, Tensor? right, "
+    "float alpha, Tensor? bias) -> Tensor"
 )
+
+
+def _low_rank_matmul(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    nested_scale: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    shape: list[int],
+    transposed: bool,
+    left: Tensor | None,
+    right: Tensor | None,
+    alpha: float,
+    bias: Tensor | None,
+) -> Tensor:
+    parts = (data, scale, global_scale, nested_scale, offset)
+    return in_pieces(x, *parts, format, shape, transposed, left, right, alpha, bias)
+
+
+# The product by the engine that runs it; Triton's joins when it loads.
+MATMULS = {"torch": define(SCHEMA.format(name="low_rank_matmul"), _low_rank_matmul, fake)}

@@ -29,7 +29,21 @@ def swiglu_mlp_torch(
     lora: Adapters | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    x, gate, gate_kind, up, up_kind, down, down_kind = prepare(x, w_gate, w_up, w_down)
+    return swiglu_mlp_with("torch", x, w_gate, w_up, w_down, lora=lora, scaling=scaling)
+
+
+def swiglu_mlp_with(
+    engine: str,
+    x: Tensor,
+    w_gate: Weight,
+    w_up: Weight,
+    w_down: Weight,
+    *,
+    lora: Adapters | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """swiglu_mlp with the products of ``engine``."""
+    x, gate, gate_kind, up, up_kind, down, down_kind = prepare(engine, x, w_gate, w_up, w_down)
     adapters = [tensor for name in NAMES for tensor in (lora or {}).get(name, (None, None))]
     kinds = (gate_kind, up_kind, down_kind)
     out = _SwigluMlp.apply(as_rows(x), scaling, kinds, *adapters, *gate, *up, *down)
