@@ -49,6 +49,9 @@ _PUBLIC = {
     "load_pretrained": "stackwise.model.transformers_bridge",
     "save_pretrained": "stackwise.model.transformers_bridge",
     "convert_to_bidirectional": "stackwise.model.transformers_bridge",
+    "read_pretrained_config": "stackwise.model.transformers_bridge",
+    "resize_vocabulary": "stackwise.model.bridge_vocabulary",
+    "patch": "stackwise.swapping",
 }
 
 __all__ = ["__version__", *_PUBLIC]

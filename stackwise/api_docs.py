@@ -20,6 +20,7 @@ from typing import Any
 PACKAGES = (
     "stackwise",
     "stackwise.kernels",
+    "stackwise.patching",
     "stackwise.data",
     "stackwise.objectives",
     "stackwise.evaluation",
