@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from .cpu import as_rows, row_blocks
+from .library import quick_apply
 from .workspace import scratch
 
 _BLOCK = 1 << 18  # elements; fewer, larger sums than the elementwise operations want
 
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
-    return _RmsNorm.apply(x, weight, eps, weight_offset)
+    return _apply_rms_norm(x, weight, eps, weight_offset)
 
 
 def layer_norm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _apply_layer_norm(x, weight, bias, eps)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -31,6 +32,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
+        ctx.weight_dtype = weight.dtype
+        if x.numel() == 0:
+            ctx.save_for_backward(x, weight)
+            return torch.empty_like(x)
         rows, high = as_rows(x), torch.promote_types(x.dtype, torch.float32)
         scale = weight.to(high) + weight_offset if weight_offset else weight.to(high)
         out, rstd = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=high)
@@ -40,12 +45,14 @@ class _RmsNorm(torch.autograd.Function):
             r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             _finish(out[at], torch.mul(block, r, out=_target("y", out[at], high)).mul_(scale))
         ctx.save_for_backward(rows, scale, rstd)
-        ctx.weight_dtype = weight.dtype
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        rows, scale, rstd = ctx.saved_tensors
+        rows, scale, *rest = ctx.saved_tensors
+        if not rest:
+            return grad, torch.zeros_like(scale), None, None
+        (rstd,) = rest
         width, high = rows.shape[1], rstd.dtype
         up, dx = grad.reshape(rows.shape), torch.empty_like(rows)
         dw = scale.new_zeros(width)
@@ -65,17 +72,24 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        if x.numel() == 0:
+            ctx.save_for_backward(x, weight)
+            return torch.empty_like(x)
         high = torch.promote_types(x.dtype, torch.float32)
         scale, shift = weight.to(high), None if bias is None else bias.to(high)
-        out, mean, rstd = torch.ops.aten.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
+        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
         ctx.save_for_backward(x, scale, mean, rstd)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, scale, mean, rstd = ctx.saved_tensors
-        width, needs = x.shape[-1], ctx.needs_input_grad
+        x, scale, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if not rest:
+            db = torch.zeros_like(scale).to(ctx.dtypes[1]) if needs[2] else None
+            return grad, torch.zeros_like(scale), db, None
+        (mean, rstd), width = rest, x.shape[-1]
         dx = None
         if needs[0]:
             dx, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -91,6 +105,9 @@ class _LayerNorm(torch.autograd.Function):
             db.to(ctx.dtypes[1]) if needs[2] and db is not None else None,
             None,
         )
+
+
+_apply_rms_norm, _apply_layer_norm = quick_apply(_RmsNorm), quick_apply(_LayerNorm)
 
 
 def _layer_norm_sums(

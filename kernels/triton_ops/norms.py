@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..library import define
+from ..library import define, quick_apply, unobserved
 from .launch import MULTIPROCESSORS, as_rows, on_device
 from .machine_code import TRITON_TYPES, VECTOR_LOAD, VECTOR_STORE, Case
 from .norm_kernels import _norm_backward_kernel, _norm_forward_kernel
@@ -34,7 +34,7 @@ def rms_norm(
     weight_offset: float = 0.0,
 ) -> Any:
     """x (..., D) · rsqrt(mean(x²) + eps) · (weight_offset + weight); see ``kernels.rms_norm``."""
-    return _Norm.apply(x, residual, weight, None, eps, weight_offset, False)
+    return _apply(x, residual, weight, None, eps, weight_offset, False)
 
 
 def layer_norm(
@@ -45,7 +45,7 @@ def layer_norm(
     residual: Tensor | None = None,
 ) -> Any:
     """(x - mean) · rsqrt(var + eps) · weight + bias over (..., D); see ``kernels.layer_norm``."""
-    return _Norm.apply(x, residual, weight, bias, eps, 0.0, True)
+    return _apply(x, residual, weight, bias, eps, 0.0, True)
 
 
 class _Norm(torch.autograd.Function):
@@ -60,41 +60,57 @@ class _Norm(torch.autograd.Function):
         weight_offset: float,
         centered: bool,
     ) -> Any:
-        ctx.set_materialize_grads(False)
+        direct = unobserved(x, weight)
         ctx.options = (weight_offset, centered)
-        ctx.dtypes = (
-            x.dtype,
-            None if residual is None else residual.dtype,
-            None if bias is None else bias.dtype,
-        )
+        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
         if residual is None:
-            y, stats = _forward_op(x, weight, bias, eps, weight_offset, centered)
+            if direct and x.numel() == 0:
+                ctx.save_for_backward(x, weight)
+                return torch.empty_like(x)
+            run = _forward if direct else _forward_op
+            y, stats = run(x, weight, bias, eps, weight_offset, centered)
             ctx.save_for_backward(x, weight, stats)
             return y
-        y, summed, stats = _residual_op(x, residual, weight, bias, eps, weight_offset, centered)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes += (residual.dtype,)
+        run = _residual_forward if direct else _residual_op
+        y, summed, stats = run(x, residual, weight, bias, eps, weight_offset, centered)
         ctx.save_for_backward(summed, weight, stats)
         return y, summed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dsummed: Tensor | None = None) -> tuple[Any, ...]:
-        x_dtype, residual_dtype, bias_dtype = ctx.dtypes
-        dweight = dbias = None
-        ds = dsummed
-        if dy is not None:
-            s, weight, stats = ctx.saved_tensors
-            needs_bias = ctx.needs_input_grad[3]
-            needs = ctx.needs_input_grad[2] or needs_bias
-            ds, sums = _backward_op(dy, dsummed, s, weight, stats, *ctx.options, needs, needs_bias)
-            if needs_bias:
-                dweight, dbias = sums.tensor_split(2)
-                dbias = _cast(dbias, bias_dtype)
-            elif needs:
-                dweight = sums
-        if ds is None:
-            return (None,) * 7
-        dresidual = None if residual_dtype is None else _cast(ds, residual_dtype)
-        return _cast(ds, x_dtype), dresidual, dweight, dbias, None, None, None
+        run = _gradients_once if torch.is_grad_enabled() else _gradients
+        return run(ctx, dy, dsummed)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dsummed: Tensor | None) -> tuple[Any, ...]:
+    """What :class:`_Norm` returns from backward, for its seven arguments."""
+    x_dtype, bias_dtype, *residual_dtype = ctx.dtypes
+    dweight = dbias = None
+    ds = dsummed
+    if dy is not None:
+        s, weight, *stats = ctx.saved_tensors
+        _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if not stats:
+            dbias = _cast(torch.zeros_like(weight), bias_dtype) if needs_bias else None
+            return dy, None, torch.zeros_like(weight), dbias, None, None, None
+        run: Any = _backward if unobserved(s, weight) else _backward_op
+        needs = needs_weight or needs_bias
+        ds, sums = run(dy, dsummed, s, weight, stats[0], *ctx.options, needs, needs_bias)
+        if needs_bias:
+            dweight, dbias = sums.unbind()
+            dbias = _cast(dbias, bias_dtype)
+        elif needs_weight:
+            (dweight,) = sums.unbind()
+    if ds is None:
+        return (None,) * 7
+    dresidual = _cast(ds, *residual_dtype) if residual_dtype else None
+    return _cast(ds, x_dtype), dresidual, dweight, dbias, None, None, None
+
+
+_apply = quick_apply(_Norm)
+_gradients_once = once_differentiable(_gradients)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,7 +125,7 @@ def _forward(
     weight_offset: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     stats = _new_stats(x, centered)
     _launch_forward(x, None, weight, bias, y, None, stats, eps, weight_offset, centered)
     return y, stats
@@ -125,7 +141,9 @@ def _residual_forward(
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    y, summed = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
+    y, summed = (
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)
+    )
     stats = _new_stats(x, centered)
     _launch_forward(x, residual, weight, bias, y, summed, stats, eps, weight_offset, centered)
     return y, summed, stats
@@ -175,15 +193,16 @@ def _backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(ds, [dweight, dbias] one after the other in the weight's dtype, of those asked for)."""
-    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    columns = len(weight) * (weight_grad + bias_grad)
+    """(ds, the rows dweight and dbias, of those asked for, in the weight's dtype)."""
+    ds = torch.empty_like(s, memory_format=torch.contiguous_format)
+    width = weight.shape[0]
+    shape = (weight_grad + bias_grad, width)
     if s.numel() == 0:
-        return ds, weight.new_zeros(columns)
-    dy, s, n_rows, width = _rows(dy), _rows(s), stats.shape[-1], len(weight)
+        return ds, weight.new_zeros(shape)
+    dy, s, n_rows = _rows(dy), _rows(s), stats.shape[-1]
     dsummed = None if dsummed is None else _rows(dsummed)
     plan = backward_plan(n_rows, width, s.element_size(), _multiprocessors(s.device), weight_grad)
-    sums = weight.new_empty(0)
+    columns = shape[0] * width
     partial = torch.empty(plan.programs, columns, dtype=torch.float32, device=s.device)
     with on_device(s):
         _norm_backward_kernel[(plan.programs,)](
@@ -200,9 +219,7 @@ def _backward(
             NUM_STAGES=plan.num_stages,
             num_warps=plan.num_warps,
         )
-    if columns:
-        sums = column_sum(partial, weight.dtype)
-    return ds, sums
+    return ds, column_sum(partial, weight.dtype).view(shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -261,7 +278,7 @@ def _backward_fake(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape), weight.new_empty(len(weight) * (weight_grad + bias_grad))
+    return s.new_empty(s.shape), weight.new_empty(weight_grad + bias_grad, len(weight))
 
 
 _OPTIONS = "float weight_offset, bool centered"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,51 +16,49 @@ from .. import dispatch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STATUS = "not validated on a GPU"
 
+_package = sys.modules[__package__]
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
 def register(op: str, target: str, *, unsupported: Callable[..., str | None] | None = None) -> None:
     """Registers ``target``, "module:function" in this package, as the "triton" variant of ``op``.
 
-    The module is imported at the first call. ``unsupported`` takes the operation's arguments and
+    The module is imported at the first call, as an attribute of this package: that torch.compile
+    can follow, an import by name it cannot. ``unsupported`` takes the operation's arguments and
     gives the reason why a case is not covered beyond what :func:`why_not` finds, or None.
     """
+    module, name = target.split(":")
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return _load(target)(*args, **kwargs)
+        return getattr(getattr(_package, module), name)(*args, **kwargs)
 
     def reason(*args: Any, **kwargs: Any) -> str | None:
-        general = why_not([*args, *kwargs.values()])
+        general = why_not((*args, *kwargs.values()) if kwargs else args)
         if general is not None or unsupported is None:
             return general
         return unsupported(*args, **kwargs)
 
-    dispatch.register(op, "triton", run, unsupported=reason, status=STATUS)
+    source = f"triton_ops.{module}"
+    dispatch.register(op, "triton", run, unsupported=reason, status=STATUS, source=source)
 
 
-def why_not(arguments: list[Any]) -> str | None:
+def why_not(arguments: Iterable[Any]) -> str | None:
     """Why Triton cannot take the tensors among ``arguments``, or None."""
     if not _has_triton:
         return "Triton cannot be imported"
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    for tensor in tensors:
-        if tensor.device.type != "cuda" and not interpreting():
-            return f"a tensor is on {tensor.device}, Triton runs on CUDA devices"
-        if tensor.dtype.is_floating_point and tensor.dtype not in DTYPES:
-            return f"dtype {tensor.dtype}; accepted: float32, float16 and bfloat16"
+    on_cpu = None
+    for x in arguments:
+        if not isinstance(x, Tensor):
+            continue
+        if not x.is_cuda:
+            on_cpu = interpreting() if on_cpu is None else on_cpu
+            if not on_cpu:
+                return f"a tensor is on {x.device}, Triton runs on CUDA devices"
+        if x.dtype not in DTYPES and x.dtype.is_floating_point:
+            return f"dtype {x.dtype}; accepted: float32, float16 and bfloat16"
     return None
 
 
 def interpreting() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-_loaded: dict[str, Callable[..., Any]] = {}
-
-
-def _load(target: str) -> Callable[..., Any]:
-    if target not in _loaded:
-        module, name = target.split(":")
-        _loaded[target] = getattr(importlib.import_module(f".{module}", __package__), name)
-    return _loaded[target]

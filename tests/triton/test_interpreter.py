@@ -34,3 +34,13 @@ def test_kernels_in_the_interpreter(file: Path, repository: Path) -> None:
     pytest.importorskip("triton")
     done = run_interpreted(file, repository)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if "pytest.mark.slow" in f.read_text()], ids=lambda file: file.stem
+)
+def test_slow_kernels_in_the_interpreter(file: Path, repository: Path) -> None:
+    pytest.importorskip("triton")
+    done = run_interpreted(file, repository, "--run-slow", "-m", "slow")
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

@@ -25,6 +25,37 @@ def test_importing_the_kernels_does_not_import_triton(repository: Path) -> None:
     assert done.stdout.strip() == "False"
 
 
+FIRST_CALLS_COMPILED = """
+import sys, torch
+from stackwise import kernels
+x, w = torch.randn(5, 16), torch.randn(16)
+q, table = torch.randn(1, 5, 2, 16), torch.randn(5, 16)
+calls = {
+    "gated": lambda impl: kernels.swiglu(x, x, impl=impl),
+    "bias_gelu": lambda impl: kernels.bias_gelu(x, w, impl=impl),
+    "norms": lambda impl: kernels.rms_norm(x, w, impl=impl),
+    "rope": lambda impl: kernels.rope(q, q, table, table, impl=impl)[0],
+}
+assert "triton" not in sys.modules
+for module, call in calls.items():
+    assert f"stackwise.kernels.triton_ops.{module}" not in sys.modules
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled("triton"), call("reference"))
+    from tests.triton.interpreter import repair
+    repair()
+"""
+
+
+def test_the_first_call_of_a_variant_may_be_compiled(repository: Path) -> None:
+    pytest.importorskip("triton")
+    subprocess.run(
+        [sys.executable, "-c", FIRST_CALLS_COMPILED],
+        cwd=repository,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+    )
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_status_says_that_no_gpu_has_validated_it(op: str) -> None:
     assert kernels.available()[op]["triton"] == "not validated on a GPU"
