@@ -4,13 +4,20 @@
 #   JOBS=2                  test processes, each on one thread
 #   PYTEST_ARGS='-k name'   passed on to pytest
 #   PIP_ARGS='...'          passed on to pip
+#   BUDGET=480              seconds that gpu-check may take
+#   OUT=build/gpu-check     where it leaves its page and archive
+#   BENCH='rms_norm rope'   benches that `make bench` runs; default: all
+#   BENCH_ARGS='...'        passed on to `stackwise bench`
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST_ARGS ?=
 PIP_ARGS ?=
-BENCH ?= training-step
+BENCH ?=
+BENCH_ARGS ?=
+BUDGET ?= 480
+OUT ?= build/gpu-check
 
 HAS_DRIVER := $(shell { [ -e /proc/driver/nvidia/version ] || nvidia-smi -L; } >/dev/null 2>&1 && echo yes)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -29,11 +36,15 @@ endif
 
 PYTEST := $(PY) -m pytest -q --tb=short -n $(JOBS) --dist loadfile
 
+# The oldest Triton that the kernels must work with, in a folder beside the installed one.
+OLD_TRITON := 3.6.0
+OLD_TRITON_DIR := $(or $(strip $(VENV)),build)/triton-$(OLD_TRITON)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all bench lint format docs build-cuda clean
+.PHONY: help demo test test-slow test-old-triton test-machine-code test-all gpu-check bench plots lint format docs build-cuda clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## prepare the built-in corpus, train in every mode, evaluate, write a report (minutes)
 	$(PY) -m stackwise.demo
@@ -44,10 +55,25 @@ test: $(READY)  ## run the tests (minutes, no GPU)
 test-slow: $(READY)  ## run only the tests that `make test` leaves out for their time
 	$(PYTEST) --run-slow -m "slow and not gpu" $(PYTEST_ARGS)
 
-test-all: test test-slow  ## run both
+test-old-triton: $(OLD_TRITON_DIR)/.installed  ## run the kernel tests with the oldest Triton that is supported
+	PYTHONPATH=$(OLD_TRITON_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLD_TRITON)"'
+	PYTHONPATH=$(OLD_TRITON_DIR) STACKWISE_MACHINE_CODE_SAMPLE=40 $(PY) -m pytest -q --tb=short -n $(JOBS) \
+	  --dist load tests/triton -m "not slow and not gpu" -k "interpreter or sample" $(PYTEST_ARGS)
 
-bench: $(READY)  ## run a benchmark: make bench BENCH=training-step
-	$(PY) -m stackwise bench $(BENCH)
+test-machine-code: $(READY)  ## compile every configuration of every kernel for every architecture (an hour on 2 cores)
+	$(PY) -m benchmarks.machine_code --all --processes $(JOBS)
+
+test-all: test test-slow test-old-triton test-machine-code  ## run all four
+
+gpu-check: $(READY)  ## on a machine with a GPU: prove, race, benchmark, one archive (VENV= without a network)
+	$(PY) -m benchmarks.gpu_check --budget $(BUDGET) --out $(OUT)
+
+bench: $(READY)  ## measure every operation beside its peers, then draw: make bench BENCH=rms_norm
+	$(PY) -m stackwise bench $(BENCH) --peers $(BENCH_ARGS)
+	$(PY) -m stackwise bench --plot
+
+plots: $(READY)  ## regenerate docs/benchmarks.md and its pictures from benchmarks/results/
+	$(PY) -m stackwise bench --plot
 
 lint: $(READY)  ## check style and types
 	$(PY) -m ruff check .
@@ -70,6 +96,11 @@ clean:  ## delete build outputs and caches (keeps the environment and runs/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f kernels/libstackwise_cuda.so
 	find stackwise kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(OLD_TRITON_DIR)/.installed: $(READY)
+	rm -rf $(OLD_TRITON_DIR)
+	$(PY) -m pip install -q --no-deps $(PIP_ARGS) --target $(OLD_TRITON_DIR) triton==$(OLD_TRITON)
+	@touch $@
 
 $(VENV)/.installed: setup.py pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \

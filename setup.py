@@ -169,7 +169,7 @@ def say(message: str) -> None:
 library = Extension(
     EXTENSION,
     sorted(glob.glob("csrc/*.cu")),
-    depends=glob.glob("csrc/*.h*"),
+    depends=[*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cuh")],
     optional=not CUDA.required,
 )
 kernels = ["stackwise.kernels", *(f"stackwise.kernels.{p}" for p in find_packages("kernels"))]

@@ -11,7 +11,6 @@ frozen, ``layerwise_cached_frozen_head``.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.cases import Options
 from benchmarks.records import Row, make_row
 from stackwise.config import ModelConfig
 from stackwise.model.decoder import Decoder
@@ -183,8 +183,9 @@ def check_same_loss(shape: Shape, problem: Problem) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> list[Row]:
-    """Times one step of every mode, interleaved; tokens/s."""
+def run(options: Options) -> list[Row]:
+    """Times one step of every mode, interleaved; tokens/s. At least three rounds, then while
+    ``options.seconds`` last."""
     small = Shape(batch=2, length=32, d_model=64, n_layers=2, n_heads=2, vocab=211)
     check_same_loss(small, Problem(small))
     shape = Shape(n_layers=2) if options.quick else Shape()
@@ -195,7 +196,11 @@ def run(options: argparse.Namespace) -> list[Row]:
         for step in steps.values():
             step()
         times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-        for _ in range(pairs):
+        begun = time.perf_counter()
+        for done in range(pairs):
+            spent = time.perf_counter() - begun
+            if options.seconds is not None and done >= 3 and spent > options.seconds:
+                break
             for key, step in steps.items():
                 start = time.perf_counter()
                 step()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import functools
+import io
 import json
+import math
+import os
 import pathlib
 import platform
 import statistics
@@ -48,7 +52,9 @@ COLUMNS = [field.name for field in dataclasses.fields(Row)]
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """20%, 50% and 80% quantiles of at least two values."""
+    """20%, 50% and 80% quantiles; those of one value are the value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return cuts[1], statistics.median(values), cuts[7]
 
@@ -87,6 +93,7 @@ def make_row(
     )
 
 
+@functools.cache
 def device_name() -> str:
     """The GPU's name, or the CPU's with its thread count."""
     if torch.cuda.is_available():
@@ -98,7 +105,8 @@ def device_name() -> str:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    return f"CPU {name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def results_file(bench: str) -> pathlib.Path:
@@ -116,9 +124,40 @@ def write_csv(rows: Iterable[Row], file: pathlib.Path) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
+def append_csv(rows: Iterable[Row], file: pathlib.Path) -> None:
+    """Adds ``rows`` to ``file`` in one write that a kill of this process cannot undo."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    if not file.exists():
+        writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, text.getvalue().encode())
+    finally:
+        os.close(handle)
+
+
+def read_csv(file: pathlib.Path) -> list[Row]:
+    """The rows of ``file``, none without it; a last line that a kill cut off is left out."""
+    if not file.exists():
+        return []
+    text = file.read_bytes().decode(errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    numbers = {field.name for field in dataclasses.fields(Row) if field.type == "float"}
+    return [
+        Row(**{name: float(v) if name in numbers else v for name, v in record.items()})
+        for record in csv.DictReader(io.StringIO(whole, newline=""))
+    ]
+
+
 def to_json(row: Row) -> str:
-    """The row as one line of JSON."""
-    return json.dumps(dataclasses.asdict(row))
+    """The row as one line of JSON; a figure that is not finite becomes null."""
+    values = dataclasses.asdict(row)
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+              for k, v in values.items()}  # fmt: skip
+    return json.dumps(finite)
 
 
 def _triton_version() -> str:
@@ -129,6 +168,7 @@ def _triton_version() -> str:
     return triton.__version__
 
 
+@functools.cache
 def _git_sha() -> str:
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

@@ -172,7 +172,23 @@ def _inspection_parsers(commands: Commands) -> None:
     info = commands.add_parser("info", help="versions, devices and kernel variants of this machine")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     commands.add_parser("bench", help="measure an operation or a training step beside its peers")
-    commands.add_parser("tune", help="certify kernel variants on this GPU")
+    _tune_parser(commands)
+
+
+def _tune_parser(commands: Commands) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="certify kernel variants on this GPU",
+        description="Proves every kernel variant against its definition, races the proven ones "
+        "against torch, and keeps the verdicts: where a variant won, it becomes the default on "
+        "this GPU. Takes less than a minute.",
+    )
+    tune.add_argument("--ops", metavar="OP,OP", help="only these operations")
+    tune.add_argument(
+        "--seconds", type=float, default=55.0, metavar="S", help="time for everything, default: 55"
+    )
+    tune.add_argument("--json", action="store_true", help="print one JSON object")
+    tune.add_argument("--clear", action="store_true", help="forget the verdicts for this GPU")
 
 
 def _add_set(parser: argparse.ArgumentParser, example: str = "training.lr=3e-4") -> None:

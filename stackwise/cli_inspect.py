@@ -9,6 +9,9 @@ import importlib.util
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +120,13 @@ def info(options: argparse.Namespace) -> int:
         print("no CUDA device: training runs on the CPU")
     print(figures["cuda_library"]["text"])
     print(f"STACKWISE_IMPL: {figures['preference'] or 'not set'}\n")
-    rows = [("operation", "default", "variants")]
+    rows = [("operation", "default", "because", "variants")]
     for operation, entry in figures["kernels"].items():
         variants = ", ".join(
             name if status == "ready" else f"{name} ({status})"
             for name, status in entry["variants"].items()
         )
-        rows.append((operation, entry["default"], variants))
+        rows.append((operation, entry["default"], entry["because"], variants))
     print(format_table(rows))
     return 0
 
@@ -131,8 +134,8 @@ def info(options: argparse.Namespace) -> int:
 def machine_info() -> dict[str, Any]:
     """Versions, devices and kernel variants of this installation, as JSON types.
 
-    ``kernels``: per operation its variants with their state, and the one that calls take where no
-    measured evidence prefers another.
+    ``kernels``: per operation its variants with their state, the default, the reason, and where
+    the default depends on the case: ``prefers``, class of cases -> variant (else "torch").
     """
     import torch
 
@@ -154,12 +157,25 @@ def machine_info() -> dict[str, Any]:
         "cuda_library": {**library, "text": _cuda.describe(library)},
         "preference": preference,
         "kernels": {
-            operation: {
-                "default": preference if preference in variants else "torch",
-                "variants": variants,
-            }
+            operation: {**_default(operation), "variants": variants}
             for operation, variants in kernels.available().items()
         },
+    }
+
+
+def _default(operation: str) -> dict[str, Any]:
+    """What calls of ``operation`` take, and why."""
+    from stackwise.kernels import dispatch, evidence
+
+    asked = dispatch.preference(operation)
+    if asked is not None:
+        return {"default": asked[0], "because": asked[1], "prefers": {}}
+    why = evidence.explain(operation)
+    names = sorted({"torch", *why["prefers"].values()}, key=lambda name: name == "torch")
+    return {
+        "default": " or ".join(names),
+        "because": why["text"],
+        "prefers": why["prefers"],
     }
 
 
@@ -210,10 +226,64 @@ def _benchmarks_runner(folder: Path) -> Any:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """``stackwise tune``: this version certifies nothing; torch is the default everywhere."""
-    print(
-        "stackwise: nothing to certify: in this version no Triton or CUDA variant can become a "
-        'default; those that `stackwise info` lists are reachable with impl="triton"',
-        file=sys.stderr,
-    )
-    return 1
+    """``stackwise tune``: proves and races the kernel variants, keeps the verdicts."""
+    import torch
+
+    from stackwise import tuning
+    from stackwise.kernels import evidence
+
+    if not torch.cuda.is_available():
+        print(
+            "stackwise: no CUDA device: nothing to tune; on a CPU every operation takes its torch "
+            "variant",
+            file=sys.stderr,
+        )
+        return 1
+    machine = evidence.machine_of()
+    if options.clear:
+        file = evidence.cache_file(machine["gpu"])
+        print(f"{file}: {'deleted' if file.exists() else 'there is none'}")
+        file.unlink(missing_ok=True)
+        return 0
+    pairs = tuning.candidates(options.ops.split(",") if options.ops else None)
+    start = time.monotonic()
+    workers = min(8, os.cpu_count() or 1)
+    with _progress(options.json) as progress:
+        records = tuning.tune(
+            tuning.Settings(pairs, "cuda:0", options.seconds, workers, progress=progress)
+        )
+    file = evidence.write_cache(machine, tuning.merged(evidence.read_cache(machine), records))
+    seconds = time.monotonic() - start
+    if options.json:
+        print_json({"machine": machine, "seconds": seconds, "file": str(file), "verdicts": records})
+    else:
+        print(tune_text(records))
+        print(f"{machine['gpu']}: {seconds:.0f} s; kept in {file}")
+    return 0
+
+
+def tune_text(records: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The verdicts for a terminal."""
+    from stackwise.tuning import summary
+
+    rows = [("operation", "variant", "verdict")]
+    for op, variants in sorted(records.items()):
+        rows += [(op, variant, summary(record)) for variant, record in sorted(variants.items())]
+    table = format_table(rows)
+    if any(verdict.startswith("not reached") for *_, verdict in rows):
+        table += "\nnot reached: run it again, compiled kernels are kept; or give it more --seconds"
+    return table
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr; nothing where another program reads."""
+    from tqdm import tqdm
+
+    with tqdm(disable=quiet or None, leave=False, unit="step") as bar:
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what[:60])
+
+        yield show

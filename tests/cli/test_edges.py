@@ -80,9 +80,9 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"stackwise {command}" in capsys.readouterr().out
 
 
-def test_tune_says_that_there_is_nothing_to_certify(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 1
-    assert "nothing to certify" in capsys.readouterr().err
+    assert "no CUDA device: nothing to tune" in capsys.readouterr().err
 
 
 def test_bench_without_a_checkout_says_where_it_is(

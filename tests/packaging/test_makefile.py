@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 STAND_IN = """#!/bin/sh
-echo "$(basename "$0") cuda=$STACKWISE_CUDA $*" >> "{log}"
+echo "$(basename "$0") cuda=$STACKWISE_CUDA path=$PYTHONPATH $*" >> "{log}"
 case "$*" in
   *version_info*) exit {too_old} ;;
   *ensurepip*) exit {no_venv} ;;
   --version) echo "Python 3.{minor}.0" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  *"pip install"*"--target "*) mkdir -p "$(echo "$*" | sed "s/.*--target \\([^ ]*\\).*/\\1/")" ;;
   "-m pytest"*) echo "$(echo "$*" | wc -w) passed in 0.1s"; exit {tests_fail} ;;
 esac
 exit 0
@@ -40,7 +41,15 @@ class Project:
         smi = self.root / "bin" / "nvidia-smi"
         smi.write_text(f"#!/bin/sh\nexit {0 if driver else 9}\n")
         smi.chmod(0o755)
-        dropped = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VENV", "JOBS", "STACKWISE_CUDA")
+        dropped = (
+            "MAKEFLAGS",
+            "MFLAGS",
+            "MAKELEVEL",
+            "VENV",
+            "JOBS",
+            "STACKWISE_CUDA",
+            "PYTHONPATH",
+        )
         env = {name: value for name, value in os.environ.items() if name not in dropped}
         env |= {"PYTHON": str(python), "PATH": f"{python.parent}:{os.environ['PATH']}"}
         return subprocess.run(
@@ -145,20 +154,43 @@ def test_an_unusable_python_is_named(
     assert not (project.root / ".venv").exists()
 
 
-def test_test_all_adds_the_slow_tests(project: Project) -> None:
-    project.run("make", "test-all", "VENV=", "JOBS=3", "PYTEST_ARGS=-k name")
-    quick, slow = project.log()
+def test_test_all_adds_the_slow_tests_and_the_oldest_triton(project: Project) -> None:
+    arguments = ("make", "test-all", "VENV=", "JOBS=3", "PYTEST_ARGS=-k name")
+    assert project.run(*arguments).returncode == 0
+    quick, slow, install, version, old = project.log()
     assert "-n 3" in quick
     assert quick.endswith("-m not slow and not gpu -k name")
     assert slow.endswith("--run-slow -m slow and not gpu -k name")
+    assert "--no-deps --target build/triton-3.6.0 triton==3.6.0" in install
+    assert 'triton.__version__ == "3.6.0"' in version
+    assert "tests/triton -m not slow and not gpu -k interpreter or sample -k name" in old
+    assert "path=build/triton-3.6.0 " in old
+    assert "path= " in quick
+    project.run(*arguments)
+    assert not installs(project.log()), "it is installed once"
+
+
+def test_the_oldest_triton_lies_in_the_environment(project: Project) -> None:
+    assert project.run("make", "test-old-triton").returncode == 0
+    assert (project.root / ".venv" / "triton-3.6.0" / ".installed").exists()
+    assert "path=.venv/triton-3.6.0 " in project.log()[-1]
+
+
+def test_gpu_check_takes_a_budget_and_a_folder(project: Project) -> None:
+    project.run("make", "gpu-check", "VENV=")
+    project.run("make", "gpu-check", "VENV=", "BUDGET=60", "OUT=/tmp/here")
+    first, second = project.log()
+    assert first.endswith("-m benchmarks.gpu_check --budget 480 --out build/gpu-check")
+    assert second.endswith("-m benchmarks.gpu_check --budget 60 --out /tmp/here")
+    assert first.startswith("stand-in "), "no environment is made, nothing is installed"
 
 
 def test_ci_ends_with_the_summaries(project: Project) -> None:
     result = project.run(".ci/run")
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-2:]
-    assert re.fullmatch(r"make test: \d+ passed in 0\.1s", last[0])
-    assert re.fullmatch(r"make test-slow: \d+ passed in 0\.1s", last[1])
+    last = result.stdout.splitlines()[-3:]
+    for part, line in zip(("test", "test-slow", "test-old-triton"), last, strict=True):
+        assert re.fullmatch(rf"make {part}: \d+ passed in 0\.1s", line)
     calls = "\n".join(project.log())
     assert "-m ruff check" in calls
     assert "-m mypy" in calls

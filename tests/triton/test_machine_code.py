@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from benchmarks import machine_code as record
 from stackwise.kernels.triton_ops import machine_code
 from stackwise.kernels.triton_ops.machine_code import Case, Report
 
-# Compilations that `make test` has time for.
-SAMPLE, CHANGED = 3, 8
+# Compilations that `make test` has time for; `make test-old-triton` takes a larger sample.
+SAMPLE, CHANGED = int(os.environ.get("STACKWISE_MACHINE_CODE_SAMPLE", "3")), 12
 
 
 @functools.cache
@@ -53,9 +54,12 @@ def test_every_architecture_has_every_kernel_once() -> None:
 
 
 def test_what_changed_since_the_record_has_no_faults() -> None:
-    recorded = record.read_records()
-    changed = [case for case in all_cases() if case.digest not in recorded]
-    assert not faults_of(spread(changed, CHANGED))
+    """A few changes are compiled here; a record that lags behind has to be brought up to date."""
+    changed, gone = record.differences(all_cases(), record.read_records())
+    remedy = "run `python -m benchmarks.machine_code`"
+    assert len(changed) <= CHANGED, f"{len(changed)} configurations are not recorded: {remedy}"
+    assert changed or not gone, f"{len(gone)} recorded configurations are no more: {remedy}"
+    assert not faults_of(changed)
 
 
 def test_a_sample_has_no_faults() -> None:
@@ -69,12 +73,6 @@ def test_the_record_has_no_faults_and_says_so() -> None:
         assert row["spills"] == "0", row
         assert row["missing"] == "", row
         assert int(row["shared"]) <= machine_code.SHARED_LIMIT[int(row["arch"])], row
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", machine_code.ARCHITECTURES)
-def test_everything_has_no_faults(arch: int) -> None:
-    assert not faults_of([case for case in all_cases() if case.arch == arch])
 
 
 def test_a_spilling_configuration_is_caught() -> None:
@@ -125,3 +123,38 @@ def test_the_record_is_written_and_read_back(tmp_path: Path) -> None:
     assert row == {key: str(value) for key, value in machine_code.as_record(report).items()}
     assert report.instructions > 50
     assert report.registers > 10
+    assert record.to_report(row) == report
+
+
+def test_differences_between_cases_and_record() -> None:
+    first, second, third = all_cases()[:3]
+    rows = {
+        case.digest: {"kernel": case.name, "arch": case.arch, "digest": case.digest}
+        for case in (first, second)
+    }
+    assert record.differences([first, second], rows) == ([], [])
+    changed, gone = record.differences([first, third], rows)
+    assert changed == [third]
+    assert gone == [f"{second.name} on sm_{second.arch}"]
+
+
+def test_only_what_changed_is_compiled_and_faults_stay_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = all_cases()[:2]
+    file = tmp_path / "record.csv"
+    monkeypatch.setattr(record, "FILE", file)
+    monkeypatch.setattr(record.read_records, "__defaults__", (file,))
+    monkeypatch.setattr(record.write_records, "__defaults__", (file,))
+    monkeypatch.setattr(machine_code, "cases", lambda: iter([first]))
+    assert record.main(["--check"]) == 1
+    assert record.main([]) == 0
+    assert record.main(["--check"]) == 0
+    monkeypatch.setattr(machine_code, "cases", lambda: iter([first, second]))
+    assert record.main([]) == 0
+    assert "1 compiled, 2 recorded" in capsys.readouterr().out
+    spilling = file.read_text().replace(",0,,", ",0,LDG,", 1)
+    assert spilling != file.read_text()
+    file.write_text(spilling)
+    assert record.main([]) == 1
+    assert "no instruction matches LDG" in capsys.readouterr().out
