@@ -274,7 +274,7 @@ def _decode(weight: Any, out: Tensor, rows: slice, columns: slice) -> None:
         )
 
 
-MATMULS["triton"] = define(SCHEMA.format(name="low_rank_matmul_triton"), _low_rank_matmul, fake)
+MATMULS["triton"] = define(SCHEMA.format(name="triton_low_rank_matmul"), _low_rank_matmul, fake)
 
 
 def machine_code_cases(arch: int) -> Iterator[Case]:

@@ -72,7 +72,6 @@ CHANGED = """\
 Values that changed: `training.mixed_precision` is `none` or `bf16` instead of a boolean;
 `model.attention_type` says `standard` where some files said `mha`; `data.padding: right` is
 `data.packing: none`. `model.mla_q_rank` is null (queries not compressed) unless set.
-`training.quantization_enabled` and `training.qlora_enabled` are known and refused in this version.
 """
 
 

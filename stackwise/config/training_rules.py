@@ -232,20 +232,48 @@ def cache_keeps_its_masks(config: StackWiseConfig) -> Iterator[Fault]:
         )
 
 
-def quantization_exists(config: StackWiseConfig) -> Iterator[Fault]:
+def quantization_has_frozen_blocks(config: StackWiseConfig) -> Iterator[Fault]:
     training = config.training
-    if training.quantization_enabled:
+    if not training.quantization_enabled:
+        return
+    path = "training.quantization_enabled"
+    if training.quantization_type == "fp32":
         yield (
-            "training.quantization_enabled",
-            f"got true (quantization_type: {training.quantization_type}); quantised linears are "
-            "not part of this version; accepted: false",
+            path,
+            "got true with quantization_type: fp32, which changes nothing; accepted: another "
+            "quantization_type, or false",
         )
-    if training.qlora_enabled:
+    if training.mode == "end_to_end":
+        yield (path, "got true with mode: end_to_end, which freezes no block; accepted: false")
+    elif _backbone_trains(config) and config.model.init_from is None:
+        yield (
+            path,
+            "got true with fusion_mode: trainable and no model.init_from: every block that runs "
+            "trains; accepted: fusion_mode: frozen, or false",
+        )
+
+
+def adapters_have_a_backbone(config: StackWiseConfig) -> Iterator[Fault]:
+    training = config.training
+    if not training.qlora_enabled:
+        return
+    if training.mode != "fused" or _backbone_trains(config):
         yield (
             "training.qlora_enabled",
-            "got true; low-rank adapters are not part of this version; accepted: false (a backbone "
-            "trains in full precision with fusion_mode: trainable and backbone_lr)",
+            f"got true with mode: {training.mode}, fusion_mode: {training.fusion_mode}; accepted: "
+            "mode: fused with fusion_mode: frozen, whose backbone the adapters sit on",
         )
+    if training.activation_cache and training.cache_mode == "fusion":
+        yield (
+            "training.qlora_enabled",
+            "got true with an activation cache of the backbone (cache_mode: fusion), which "
+            "adapters change at every step; accepted: cache_mode: layerwise, or "
+            "activation_cache: false",
+        )
+
+
+def _backbone_trains(config: StackWiseConfig) -> bool:
+    return config.training.mode == "fused" and config.training.fusion_mode == "trainable"
 
 
 def mask_rates_are_distinct(config: StackWiseConfig) -> Iterator[Fault]:
@@ -284,7 +312,8 @@ TRAINING_RULES = (
     cache_has_a_frozen_prefix,
     cache_keeps_its_prefix,
     cache_keeps_its_masks,
-    quantization_exists,
+    quantization_has_frozen_blocks,
+    adapters_have_a_backbone,
     mask_rates_are_distinct,
     kernels_exist,
 )

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackwise import kernels
-from stackwise.model.quantized import QuantizedLinear
+from stackwise.model.quantized import HalfLinear, QuantizedLinear, dense_weight
 
 ALL_LINEAR = "all-linear"
+KINDS = (nn.Linear, HalfLinear, QuantizedLinear)
 Base = nn.Linear | QuantizedLinear
 
 
@@ -83,23 +84,41 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if self.merged:
-            return self.base(x)
-        bias = self.base.bias if self.magnitude is None else None
+        return self._run(x, self.base.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer without its bias."""
+        return self._run(x, None)
+
+    def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.base.weight
+        if isinstance(self.base, HalfLinear):
+            weight = weight.to(x.dtype)
+        if self.merged:
+            return _product(x, weight, bias)
+        inner = bias if self.magnitude is None else None
         if self.dropout and self.training:
-            out = _product(x, weight, bias)
+            out = _product(x, weight, inner)
             dropped = F.dropout(x, self.dropout)
             low = F.linear(dropped, self.lora_a.to(x.dtype))
             out = out + self.scaling * F.linear(low, self.lora_b.to(x.dtype))
         else:
             out = kernels.lora_linear(
-                x, weight, self.lora_a, self.lora_b, scaling=self.scaling, bias=bias
+                x, weight, self.lora_a, self.lora_b, scaling=self.scaling, bias=inner
             )
         if self.magnitude is None:
             return out
         out = out * (self.magnitude.float() / self._length()).to(out.dtype)
-        return out if self.base.bias is None else out + self.base.bias.to(out.dtype)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """W + scaling · B A (N, K), differentiable in A and B; not for DoRA."""
+        if self.magnitude is not None:
+            raise ValueError("dense_weight: a DoRA layer has none; accepted: LoRA and rsLoRA")
+        base = dense_weight(self.base, dtype)
+        if self.merged:
+            return base
+        return base + self.scaling * (self.lora_b.to(dtype) @ self.lora_a.to(dtype))
 
     def delta(self) -> Tensor:
         """scaling · B A (N, K), float32."""
@@ -190,7 +209,7 @@ def add_lora(
     _check_options(rank, alpha, dropout)
     if any(isinstance(part, LoRALinear) for part in model.modules()):
         raise ValueError("model: has adapters already; accepted: a model without")
-    linears = [n for n, part in model.named_modules() if type(part) in (nn.Linear, QuantizedLinear)]
+    linears = [n for n, part in model.named_modules() if type(part) in KINDS]
     if targets == ALL_LINEAR:
         chosen = [name for name in linears if not set(name.split(".")) & set(skip)]
     else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stackwise import kernels
 from stackwise.config import ModelConfig
+from stackwise.model.adapters import LoRALinear
+from stackwise.model.quantized import QuantizedLinear, product
 
 
 class SwiGLUFFN(nn.Module):
@@ -28,6 +31,9 @@ class SwiGLUFFN(nn.Module):
             self.up_proj.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        operands = fused_operands(self.gate_proj, self.up_proj, self.down_proj)
+        if operands is not None:
+            return kernels.swiglu_mlp(x, **operands)
         return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -47,8 +53,32 @@ class GeluFFN(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = F.linear(x, self.up_proj.weight)
+        up = product(self.up_proj, x)
         return self.down_proj(kernels.bias_gelu(up, self.up_proj.bias, approximate="tanh"))
+
+
+def fused_operands(gate: nn.Module, up: nn.Module, down: nn.Module) -> dict[str, Any] | None:
+    """Arguments of ``kernels.swiglu_mlp`` for three quantised or adapted layers.
+
+    None where it cannot take them: plain layers, biases, dropout in training, DoRA, a merged
+    adapter, adapters of different scaling.
+    """
+    layers = {"gate": gate, "up": up, "down": down}
+    weights: dict[str, Any] = {}
+    lora, scalings = {}, set()
+    for name, layer in layers.items():
+        base = layer.base if isinstance(layer, LoRALinear) else layer
+        if not isinstance(base, QuantizedLinear) or base.bias is not None:
+            return None
+        if isinstance(layer, LoRALinear):
+            if layer.merged or layer.magnitude is not None or (layer.dropout and layer.training):
+                return None
+            lora[name] = (layer.lora_a, layer.lora_b)
+            scalings.add(layer.scaling)
+        weights[f"w_{name}"] = base.weight
+    if len(scalings) > 1:
+        return None
+    return {**weights, "lora": lora or None, "scaling": scalings.pop() if scalings else 1.0}
 
 
 def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:

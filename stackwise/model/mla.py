@@ -10,6 +10,7 @@ from stackwise.model.attention import AttentionLayer, arrange
 from stackwise.model.kv_cache import KVCache
 from stackwise.model.layout import Layout
 from stackwise.model.norms import StackwiseRMSNorm
+from stackwise.model.quantized import dense_weight
 from stackwise.model.rotary import Rope, latent_scale_factor, rotate
 from stackwise.model.rows import select_rows
 
@@ -79,8 +80,8 @@ class LatentAttention(AttentionLayer):
         out = kernels.mla_attention(
             *queries,
             *keys,
-            self.k_up_proj.weight,
-            self.v_up_proj.weight,
+            dense_weight(self.k_up_proj, latent.dtype),
+            dense_weight(self.v_up_proj, latent.dtype),
             scale=self.scale,
             **self.limits(causal),
             **arguments,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from stackwise.model.adapters import LoRALinear, adapters
+from stackwise.model.adapters import KINDS, LoRALinear, adapters
 from stackwise.model.quantized import QuantizedLinear
 from stackwise.runs.atomic import write_bytes
 
@@ -124,7 +124,7 @@ def load_adapter(
 def _build(
     name: str, base: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], theirs: str
 ) -> LoRALinear:
-    if type(base) not in (nn.Linear, QuantizedLinear):
+    if type(base) not in KINDS:
         raise ValueError(
             f"model.{name}: got a {type(base).__name__}; accepted: nn.Linear or QuantizedLinear"
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from stackwise import kernels
@@ -68,6 +69,10 @@ class QuantizedLinear(nn.Module):
         """(..., K) -> (..., N)."""
         return kernels.quantized_linear(x, self.weight, self.bias)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ, without the bias."""
+        return kernels.quantized_linear(x, self.weight)
+
     def replace_weight(self, weight: QuantizedTensor) -> None:
         """Takes another weight of the same format and shape."""
         own = self.weight
@@ -106,6 +111,41 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, bits_per_weight={bits:.3f}"
         )
+
+
+class HalfLinear(nn.Linear):
+    """``nn.Linear`` whose frozen weight is stored in half precision and used in that of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HalfLinear:
+        own = self.weight.dtype
+
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            changed = tensor is self.weight and moved.dtype != own
+            return tensor.to(moved.device) if changed else moved
+
+        super()._apply(keeping_dtype, recurse)
+        return self
+
+
+def product(linear: Any, x: Tensor) -> Tensor:
+    """x Wᵀ of a linear layer of any kind, without its bias."""
+    if isinstance(linear, HalfLinear):
+        return F.linear(x, linear.weight.to(x.dtype))
+    return F.linear(x, linear.weight) if type(linear) is nn.Linear else linear.product(x)
+
+
+def dense_weight(linear: Any, dtype: torch.dtype) -> Tensor:
+    """W (N, K) of a linear layer of any kind; an adapter's part keeps its gradient."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.weight.dequantize(dtype)
+    if isinstance(linear, nn.Linear):
+        return linear.weight.to(dtype) if isinstance(linear, HalfLinear) else linear.weight
+    return linear.dense_weight(dtype)
 
 
 @dataclass
@@ -183,13 +223,37 @@ def quantize_model(
     return report
 
 
+def halve_model(model: nn.Module, dtype: torch.dtype) -> float:
+    """Stores the weights of all linear layers in ``dtype``; the largest relative error."""
+    worst = 0.0
+    for part in model.modules():
+        if type(part) is nn.Linear:
+            exact = part.weight.detach()
+            rounded = exact.to(dtype)
+            norm = float(exact.float().norm())
+            error = float((rounded.float() - exact.float()).norm()) / norm if norm else 0.0
+            worst = max(worst, error)
+            part.weight = nn.Parameter(rounded, requires_grad=False)
+            part.__class__ = HalfLinear
+    return worst
+
+
 def dequantize_model(model: nn.Module) -> list[str]:
-    """Turns every :class:`QuantizedLinear` of ``model`` back into ``nn.Linear``; their names."""
-    names = [name for name, part in model.named_modules() if isinstance(part, QuantizedLinear)]
+    """Turns quantised and half-precision layers of ``model`` back into ``nn.Linear``; their names.
+
+    A half-precision weight becomes float32.
+    """
+    kinds = (QuantizedLinear, HalfLinear)
+    names = [name for name, part in model.named_modules() if isinstance(part, kinds)]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, leaf, getattr(owner, leaf).dequantized())
+        part: Any = getattr(owner, leaf)
+        if isinstance(part, HalfLinear):
+            part.weight = nn.Parameter(part.weight.detach().float(), requires_grad=False)
+            part.__class__ = nn.Linear  # type: ignore[assignment]
+        else:
+            setattr(owner, leaf, part.dequantized())
     return names
 
 

@@ -139,6 +139,10 @@ def _build(source: Path, description: Mapping[str, Any], tensors: dict[str, Tens
     model = Decoder(_model_config(source, description["config"]), initialize=False)
     model.shift = bool(description["shift"])
     model.set_attention_mode(description["attention_mode"])
+    if description.get("precision") is not None:
+        from stackwise.training.precision import impose
+
+        impose(model, description["precision"])
     wanted = model.state_dict(keep_vars=True)
     absent, surplus = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     shapes = sorted(n for n in wanted.keys() & tensors if wanted[n].shape != tensors[n].shape)

@@ -20,9 +20,10 @@ def trainable_roles(
 ) -> dict[str, str]:
     """Role of every parameter that trains in ``stage``: current, backbone or shared.
 
-    ``shared`` are embeddings, final norm and head. ``pinned`` names parameters that never train
-    (frozen embeddings, a frozen up projection). A tied head is the embedding matrix and follows it:
-    training it alone would change the input that a frozen or cached prefix was computed from.
+    Adapters of a frozen backbone are of its role. ``shared`` are embeddings, final norm and head.
+    ``pinned`` names parameters that never train (frozen embeddings, a frozen up projection). A tied
+    head is the embedding matrix and follows it: training it alone would change the input that a
+    frozen or cached prefix was computed from.
     """
     roles: dict[str, str] = {}
     for name, _ in model.named_parameters():
@@ -34,6 +35,8 @@ def trainable_roles(
             if index in stage.trainable:
                 current = stage.start <= index < stage.stop
                 roles[name] = "current" if current else "backbone"
+            elif index in stage.adapted and name.rpartition(".")[2] in ("lora_a", "lora_b"):
+                roles[name] = "backbone"
         elif part == "embeddings":
             if stage.train_embeddings:
                 roles[name] = "shared"

@@ -32,8 +32,8 @@ class Stage:
 
     The forward pass runs blocks ``0 .. depth``; blocks ``start .. stop`` are the current ones and
     ``trainable`` lists every block that receives updates (the current ones, and a trainable
-    backbone). ``lr``, ``backbone_lr`` and ``head_lr`` are peak learning rates; ``steps`` counts
-    optimiser steps.
+    backbone), ``adapted`` the frozen ones whose adapters do. ``lr``, ``backbone_lr`` and
+    ``head_lr`` are peak learning rates; ``steps`` counts optimiser steps.
     """
 
     index: int
@@ -51,11 +51,13 @@ class Stage:
     lr: float
     backbone_lr: float
     head_lr: float
+    adapted: tuple[int, ...] = ()
 
     @property
     def frozen_prefix(self) -> int:
         """Leading blocks that run without gradient (0 when the embeddings train)."""
-        return 0 if self.train_embeddings else min(self.trainable, default=self.depth)
+        learning = (*self.trainable, *self.adapted)
+        return 0 if self.train_embeddings else min(learning, default=self.depth)
 
 
 def stage_ranges(config: StackWiseConfig) -> list[tuple[int, int]]:
@@ -133,6 +135,7 @@ def build_stages(config: StackWiseConfig, steps_per_epoch: int | None = None) ->
                 lr=block_lr,
                 backbone_lr=training.backbone_lr,
                 head_lr=block_lr if training.embedding_lr is None else training.embedding_lr,
+                adapted=tuple(range(start)) if training.qlora_enabled else (),
             )
         )
     if training.joint_tuning_steps:
