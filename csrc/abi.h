@@ -6,8 +6,7 @@
 // raise SW_ABI_VERSION there and here together whenever a signature changes.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <stdint.h>
 
-#define SW_ABI_VERSION 1
+#define SW_ABI_VERSION 2
 #define SW_EXPORT extern "C" __attribute__((visibility("default")))
