@@ -12,7 +12,9 @@ if __name__ == "kernels":
 else:
     # Imported for the variants that they register.
     from . import attention_torch as _attention_torch  # noqa: F401
+    from . import cuda_ops as _cuda_ops  # noqa: F401
     from . import kernel_attention_torch as _kernel_attention_torch  # noqa: F401
+    from . import linear_attention_torch as _linear_attention_torch  # noqa: F401
     from . import linear_cross_entropy_torch as _linear_cross_entropy_torch  # noqa: F401
     from . import lora_linear_torch as _lora_linear_torch  # noqa: F401
     from . import swiglu_mlp_torch as _swiglu_mlp_torch  # noqa: F401
@@ -23,6 +25,7 @@ else:
     from .geglu import geglu
     from .kernel_attention import kernel_attention
     from .layer_norm import layer_norm
+    from .linear_attention import linear_attention
     from .linear_cross_entropy import linear_cross_entropy
     from .lora_linear import lora_linear
     from .mla_attention import mla_attention
@@ -45,6 +48,7 @@ else:
         "geglu",
         "kernel_attention",
         "layer_norm",
+        "linear_attention",
         "linear_cross_entropy",
         "lora_linear",
         "mla_attention",

@@ -3,7 +3,8 @@
 For w drawn from the spectrum of a kernel κ, E[cos(w·(x - y))] = κ(x - y):
 
     "cos"       φ(x) = cos(Wx), unscaled                (..., m): the published random-kitchen-sink
-                attention, softmax(φ(q)·φ(k) / sqrt(m)), is attention(φ(q), φ(k), v)
+                attention, softmax(φ(q)·φ(k) / sqrt(m)), is attention(φ(q), φ(k), v). Without the
+                sines E[φ(x)·φ(y)] / m = (κ(x - y) + κ(x + y)) / 2, which is not κ(x - y)
     "cossin"    φ(x) = [cos(Wx), sin(Wx)] / sqrt(m)     (..., 2m): E[φ(x)·φ(y)] = κ(x - y)
     "positive"  φ(x) = exp(Wx - |x|²/2) / sqrt(m)       (..., m): for W ~ N(0, 1),
                 E[φ(x)·φ(y)] = exp(x·y), every feature above 0
@@ -11,7 +12,10 @@ For w drawn from the spectrum of a kernel κ, E[cos(w·(x - y))] = κ(x - y):
 Spectra, all for bandwidth 1 (divide x by the bandwidth for another):
     gaussian    κ(d) = exp(-|d|²/2)        w ~ N(0, I)
     laplacian   κ(d) = exp(-|d|), Euclidean norm      w multivariate Cauchy: N(0, I) / |N(0, 1)|
+    laplacian_l1  κ(d) = exp(-Σ |d_i|)     w_i independent Cauchy
     uniform     κ(d) = Π sin(d_i) / d_i    w_i ~ U(-1, 1)
+
+The error of m independent features, "cossin" or "positive", falls with 1 / sqrt(m).
 """
 
 from __future__ import annotations
@@ -65,11 +69,13 @@ def sample_features(
     """Draws the frequencies W of :func:`random_features` (spectra: top of this file).
 
     Args:
-        kernel: "gaussian", "laplacian" or "uniform". (A linear kernel is its own feature map.)
+        kernel: "gaussian", "laplacian", "laplacian_l1" or "uniform". (A linear kernel is its own
+            feature map.)
         dim: D, the width of the inputs.
         m: number of frequencies.
         orthogonal: rows are orthogonal within blocks of ``dim`` (lower variance, still unbiased).
-            The uniform spectrum has no rotation symmetry: its rows are always independent.
+            The spectra of the L1 laplacian and of the uniform kernel have no rotation symmetry:
+            their rows are always independent.
         seed: of the draw; the same on every machine and device.
 
     Returns:
@@ -78,14 +84,15 @@ def sample_features(
     Raises:
         ValueError: an unknown kernel, or a size below 1.
     """
-    checks.choice("kernel", kernel, ("gaussian", "laplacian", "uniform"))
+    checks.choice("kernel", kernel, ("gaussian", "laplacian", "laplacian_l1", "uniform"))
     for name, value in (("dim", dim), ("m", m)):
         if value < 1:
             checks.fail(name, value, "an integer of at least 1")
     generator = torch.Generator().manual_seed(seed)
-    if kernel == "uniform":
+    if kernel in ("uniform", "laplacian_l1"):
         rows = torch.rand(m, dim, generator=generator, dtype=torch.float64) * 2 - 1
-        return rows.float()
+        # The quantile function of the Cauchy distribution at (1 + rows) / 2.
+        return (rows if kernel == "uniform" else torch.tan(torch.pi / 2 * rows)).float()
     rows = torch.randn(m, dim, generator=generator, dtype=torch.float64)
     if orthogonal:
         lengths = rows.norm(dim=-1, keepdim=True)

@@ -4,7 +4,8 @@ Exact: parameter counts (the decoder is built on the meta device), stages and wh
 (the trainer's own functions), steps, tokens, size of the activation cache. Estimated: memory on the
 training device, as the sum of
 
-    weights        4 bytes x all parameters, + 2 bytes x the trainable ones under bf16 autocast
+    weights        4 bytes x all parameters, + 2 bytes x the trainable ones under bf16 autocast;
+                   those of quantised blocks in the format's bits, scales included
     gradients      4 bytes x trainable parameters
     optimizer      8 bytes x trainable parameters (AdamW's two moments)
     activations    what backward needs of every block that gets gradients, per token:
@@ -34,10 +35,16 @@ from stackwise.config import ConfigError, ModelConfig, StackWiseConfig
 from stackwise.config.rules import notes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stackwise.model.decoder import Decoder
     from stackwise.training.stages import Stage
 
 FLOAT = 4
+
+# Bits per weight by training.quantization_type, scales included.
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp4": 4.5, "nvfp4": 4.5, "nf4": 4.5,
+        "mxfp4": 4.25}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,14 +237,14 @@ def _planned(config: StackWiseConfig, model: Decoder, stage: Stage) -> PlannedSt
     training = config.training
     roles = trainable_roles(model, stage, model.pinned_parameters())
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    trainable = sum(sizes[name] for name in roles)
+    trainable = sum(sizes[name] for name in roles) + _adapter_parameters(config, model, stage)
     rows = stage.steps * training.batch_size * training.gradient_accumulation_steps
     return PlannedStage(
         index=stage.index,
         name=stage.name,
         blocks=(stage.start, stage.stop),
         depth=stage.depth,
-        trains=_names(roles, model),
+        trains=_names(roles, model) + _adapter_names(stage),
         trainable_parameters=trainable,
         source=stage.source,
         mask_fractions=(stage.plan.low, stage.plan.high),
@@ -266,6 +273,37 @@ def _names(roles: dict[str, str], model: Decoder) -> list[str]:
     return words
 
 
+def _adapter_names(stage: Stage) -> list[str]:
+    if not stage.adapted:
+        return []
+    first, last = stage.adapted[0], stage.adapted[-1]
+    where = f"block {first}" if first == last else f"blocks {first}-{last}"
+    return [f"adapters of {where}"]
+
+
+def _adapter_parameters(config: StackWiseConfig, model: Decoder, stage: Stage) -> int:
+    """A and B on every linear layer of the adapted blocks."""
+    widths = sum(
+        sum(weight.shape) for index in stage.adapted for weight in _linear_weights(model, index)
+    )
+    return config.training.qlora_rank * widths
+
+
+def _quantized_savings(config: StackWiseConfig, model: Decoder, stage: Stage) -> int:
+    """Bytes that the linear weights of frozen blocks take less than in float32."""
+    if not config.training.quantization_enabled:
+        return 0
+    frozen = [index for index in range(stage.depth) if index not in stage.trainable]
+    count = sum(w.numel() for index in frozen for w in _linear_weights(model, index))
+    return round(count * (FLOAT - BITS[config.training.quantization_type] / 8))
+
+
+def _linear_weights(model: Decoder, index: int) -> list[Tensor]:
+    from torch import nn
+
+    return [part.weight for part in model.blocks[index].modules() if isinstance(part, nn.Linear)]
+
+
 def _memory(
     config: StackWiseConfig, model: Decoder, stage: Stage, trainable: int, roles: dict[str, str]
 ) -> Memory:
@@ -290,7 +328,9 @@ def _memory(
     if head_trains:
         head += FLOAT * shape.d_model * (shape.vocab_size or 0)
     return Memory(
-        weights=FLOAT * model.num_parameters + (2 * trainable if bf16 else 0),
+        weights=FLOAT * model.num_parameters
+        + (2 * trainable if bf16 else 0)
+        - _quantized_savings(config, model, stage),
         gradients=FLOAT * trainable,
         optimizer=2 * FLOAT * trainable,
         activations=round(activations),
@@ -331,7 +371,9 @@ def _attention_widths(shape: ModelConfig) -> tuple[int, int, int, int, int]:
         return heads * nope, kv_heads * nope, kv_heads * v_dim, heads * v_dim, 2 * latents
     q, k = heads * head_dim, kv_heads * head_dim
     if shape.attention_type == "kernel":
-        mapped = 0 if shape.kernel_type == "linear" else 2 * shape.kernel_dim
+        # The exact and the linear form keep queries, keys and values only.
+        maps = shape.kernel_form == "features" and shape.kernel_type != "linear"
+        mapped = 2 * shape.kernel_dim if maps else 0
         extra = 2 * latents if shape.kernel_low_rank else 0
         return q + heads * mapped, k + kv_heads * mapped, k, q, extra
     return q, k, k, q, 0

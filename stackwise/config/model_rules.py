@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from stackwise.config.kernel_pairs import pair_fault
 from stackwise.config.schema import ModelConfig, StackWiseConfig
 
 Fault = tuple[str, str]
@@ -138,16 +139,26 @@ def rope_scaling_is_known(config: StackWiseConfig) -> Iterator[Fault]:
         yield ("model.rope_scaling", "got a scaling with model.use_rope false; accepted: null")
 
 
-def kernel_form_exists(config: StackWiseConfig) -> Iterator[Fault]:
+def kernel_pair_has_a_meaning(config: StackWiseConfig) -> Iterator[Fault]:
     model = config.model
     fields = attention_fields(model)
     form, kind = fields["kernel_form"], fields["kernel_type"]
-    if form == "features":
-        return
-    reason = f"kernel_form: {form} is not part of this version"
-    if form == "exact" and kind not in ("gaussian", "laplacian"):
-        reason += f", and the {kind} kernel has no exact form (gaussian and laplacian have)"
-    yield ("model.kernel_form", f"{reason}; accepted: features{preset_note(model)}")
+    fault = pair_fault(form, kind, model.kernel_distance)
+    if fault is not None:
+        name, reason = fault.split(": ", 1)
+        yield (f"model.{name}", f"{reason}{preset_note(model)}")
+
+
+def linear_form_has_no_window(config: StackWiseConfig) -> Iterator[Fault]:
+    model = config.model
+    fields = attention_fields(model)
+    linear = fields["attention_type"] == "kernel" and fields["kernel_form"] == "linear"
+    if linear and model.sliding_window is not None:
+        yield (
+            "model.sliding_window",
+            f"got {model.sliding_window} with kernel_form: linear, whose state holds every key; "
+            "accepted: null",
+        )
 
 
 def up_projection_belongs_to_a_gate(config: StackWiseConfig) -> Iterator[Fault]:
@@ -237,7 +248,8 @@ MODEL_RULES = (
     rotary_dims_are_even,
     deepseek_needs_rope,
     rope_scaling_is_known,
-    kernel_form_exists,
+    kernel_pair_has_a_meaning,
+    linear_form_has_no_window,
     up_projection_belongs_to_a_gate,
     experts_fit_their_groups,
     rows_fit_the_positions,

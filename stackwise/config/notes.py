@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from stackwise.config.fields import all_fields, format_value
 from stackwise.config.model_rules import attention_fields, uses_rope
@@ -148,6 +149,34 @@ def _value(config: StackWiseConfig, section: str, name: str) -> object:
     return getattr(holder, name)
 
 
+_KERNEL_FIELDS = (
+    "kernel_type",
+    "kernel_dim",
+    "kernel_redraw_steps",
+    "kernel_bandwidth",
+    "kernel_bandwidth_trainable",
+    "kernel_distance",
+    "kernel_feature_map",
+    "kernel_low_rank",
+)
+
+
+def _unread_kernel_fields(fields: dict[str, Any]) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+    """What a form of a kernel does not read, as :func:`_unread`."""
+    kernel, form = fields["kernel_type"], fields["kernel_form"]
+    used = fields["attention_type"] == "kernel"
+    bandwidths = ("model.kernel_bandwidth", "model.kernel_bandwidth_trainable")
+    draws = ("model.kernel_dim", "model.kernel_redraw_steps")
+    yield "kernel_type: linear", used and kernel == "linear", (*draws, *bandwidths)
+    yield "kernel_form: exact", used and form == "exact", draws
+    yield f"kernel_type: {kernel}", used and kernel != "laplacian", ("model.kernel_distance",)
+    yield (
+        f"kernel_type: {kernel}, kernel_form: {form}",
+        used and (kernel, form) != ("linear", "linear"),
+        ("model.kernel_feature_map",),
+    )
+
+
 def _unread(config: StackWiseConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     """(the setting that makes them idle, whether it applies, the idle fields)."""
     model, objective, training = config.model, config.objective, config.training
@@ -163,18 +192,9 @@ def _unread(config: StackWiseConfig) -> Iterator[tuple[str, bool, tuple[str, ...
     yield (
         f"attention_type: {kind}",
         kind != "kernel",
-        (
-            "model.kernel_type",
-            "model.kernel_dim",
-            "model.kernel_bandwidth",
-            "model.kernel_low_rank",
-        ),
+        tuple(f"model.{name}" for name in _KERNEL_FIELDS),
     )
-    yield (
-        "kernel_type: linear",
-        kind == "kernel" and fields["kernel_type"] == "linear",
-        ("model.kernel_dim", "model.kernel_bandwidth"),
-    )
+    yield from _unread_kernel_fields(fields)
     yield (
         "model.use_rope: false",
         not uses_rope(model),

@@ -59,6 +59,7 @@ RANGES: dict[str, Range] = {
             "model.mla_rope_dim",
             "model.mla_v_dim",
             "model.kernel_dim",
+            "model.kernel_redraw_steps",
             "model.max_position_embeddings",
             "model.tokenizer_embedding.width",
             "model.tokenizer_embedding.adapter_hidden_dim",

@@ -138,7 +138,8 @@ class ModelConfig:
     kernel_form: Literal["features", "exact", "linear"] = _field(
         "features",
         "features: softmax over random features (the published form). exact: the kernel itself as "
-        "the score. linear: no L x L matrix.",
+        "the weight (gaussian, laplacian). linear: no L x L matrix (gaussian through positive "
+        "random features, linear through kernel_feature_map).",
     )
     kernel_low_rank: bool = _field(
         False,
@@ -146,7 +147,23 @@ class ModelConfig:
         "mla_kv_rank (the presets mlgka and full_featured).",
     )
     kernel_dim: int = _field(64, "Number of random features.")
+    kernel_redraw_steps: int | None = _field(
+        None,
+        "Training steps after which the random features of the blocks that train are drawn anew. "
+        "Null: fixed by the seed. Either way they are saved with the model.",
+    )
     kernel_bandwidth: float = _field(1.0, "Bandwidth of the kernel.")
+    kernel_bandwidth_trainable: bool = _field(
+        False, "Train the bandwidth, one per key/value head, from kernel_bandwidth on."
+    )
+    kernel_distance: Literal["euclidean", "l1"] = _field(
+        "euclidean",
+        "Distance of the laplacian kernel. Its features sample a multivariate Cauchy spectrum "
+        "(euclidean) or independent Cauchy entries (l1, which has no exact form).",
+    )
+    kernel_feature_map: Literal["elu", "relu", "exp"] = _field(
+        "elu", "Feature map of kernel_type linear in kernel_form linear; elu is elu(x) + 1."
+    )
     dropout: float = _field(0.0, "Dropout on embeddings and on both residual branches.")
     tie_embeddings: bool = _field(False, "Head and token embeddings share one matrix.")
     use_rope: bool | None = _field(
@@ -331,13 +348,21 @@ class TrainingConfig:
         "Largest size of the cache in GB; above it the prefix is recomputed, and that is said.",
     )
     quantization_enabled: bool = _field(
-        False, "Quantise the frozen part. Refused until quantised linears arrive."
+        False,
+        "Hold the linear layers of frozen blocks in quantization_type; their full-precision "
+        "weights stay on disk and come back when the block trains again and at the end.",
     )
     quantization_type: Literal["fp32", "fp16", "bf16", "fp8", "fp4", "nf4", "nvfp4", "mxfp4"] = (
-        _field("fp32", "Precision of the frozen part when quantization_enabled.")
+        _field(
+            "fp32",
+            "Precision of the frozen part when quantization_enabled: fp4 is nvfp4, fp8 is e4m3 "
+            "with a scale per row.",
+        )
     )
     qlora_enabled: bool = _field(
-        False, "Low-rank adapters on the frozen part. Refused until they arrive."
+        False,
+        "Train low-rank adapters on the frozen backbone of mode fused, at backbone_lr; merged "
+        "into the full-precision weights at the end.",
     )
     qlora_rank: int = _field(16, "Rank of the adapters.")
     qlora_alpha: float = _field(32.0, "Adapters are scaled by alpha / rank.")

@@ -1,10 +1,11 @@
-"""Attention layers: standard and grouped heads, low-rank projections, kernel features.
+"""Attention layers: standard and grouped heads, low-rank projections, kernel forms.
 
 B batch, L row length, H query heads, Hkv key/value heads, D model width, R selected rows.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from stackwise import kernels
 from stackwise.config import ModelConfig
+from stackwise.model.kernel_forms import kernel_form
 from stackwise.model.kv_cache import KVCache
 from stackwise.model.layout import Layout
 from stackwise.model.rotary import Rope, rotate
@@ -104,13 +106,13 @@ def arrange(
 class Attention(AttentionLayer):
     """Multi-head attention with Hkv <= H key/value heads (Ainslie et al., GQA, 2023).
 
-    With ``attention_type`` kernel, queries and keys pass through random features first
-    ("random kitchen sinks", the published form): softmax(phi(q) . phi(k) / sqrt(m)) with
-    phi(x) = cos(W x / bandwidth), W (m, head_dim) fixed, drawn per layer and saved with the model.
-    The linear kernel is the plain dot product.
+    ``attention_type`` kernel puts one of the forms of kernel_forms.py in the place of the softmax;
+    ``features`` (m, qk_dim) are saved with the model, ``log_bandwidth`` (Hkv,) is there when the
+    bandwidth trains.
     """
 
     features: Tensor | None
+    log_bandwidth: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -122,7 +124,17 @@ class Attention(AttentionLayer):
         self.out_proj = nn.Linear(
             self.n_heads * self.v_dim, config.d_model, bias=bool(config.out_bias)
         )
-        self.register_buffer("features", draw_features(config, self.qk_dim))
+        self.form = kernel_form(config)
+        features = None if self.form is None else self.form.draw_initial(self.qk_dim)
+        self.register_buffer("features", features)
+        trains = self.form is not None and self.form.bandwidth_trains
+        start = torch.full((self.n_kv_heads,), math.log(config.kernel_bandwidth))
+        self.register_parameter("log_bandwidth", nn.Parameter(start) if trains else None)
+
+    def redraw_features(self, seed: int) -> None:
+        """New random features, a pure function of ``seed``; no effect where there are none."""
+        if self.form is not None and self.features is not None:
+            self.features.copy_(self.form.draw(self.qk_dim, seed))
 
     def _head_dims(self, config: ModelConfig) -> tuple[int, int]:
         assert config.head_dim is not None
@@ -156,21 +168,19 @@ class Attention(AttentionLayer):
         v = v.unflatten(-1, (self.n_kv_heads, self.v_dim))
         if self.use_rope and rope is not None:
             q, k = rotate(q, k, rope, rows, self.interleaved)
-        if self.features is not None:
-            q, k = self._map(q, self.features), self._map(k, self.features)
-            v = v.to(q.dtype)
+        form, features = self.form, self.features
+        bandwidth = None if self.log_bandwidth is None else self.log_bandwidth.exp()
+        if form is not None:
+            q, k, v = form.before_cache(q, k, v, features, bandwidth)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         (q,), (k, v), arguments = arrange(layout, rows, (k, v), (q,))
-        out = kernels.attention(q, k, v, **self.limits(causal), **arguments)
+        arguments |= self.limits(causal)
+        if form is None:
+            out = kernels.attention(q, k, v, **arguments)
+        else:
+            out = form.attend(q, k, v, features, bandwidth, arguments)
         return out if rows is not None else out.view(*x.shape[:2], *out.shape[-2:])
-
-    @staticmethod
-    def _map(x: Tensor, features: Tensor) -> Tensor:
-        # The phases keep float32 under autocast: bfloat16 would leave two digits of the cosine.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):
-            return kernels.random_features(x, features.to(x.dtype), kind="cos")
 
 
 class LowRankAttention(Attention):
@@ -206,29 +216,6 @@ class LowRankAttention(Attention):
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_up_proj(self.k_down_proj(x)), self.v_up_proj(self.v_down_proj(x))
-
-
-def draw_features(config: ModelConfig, dim: int) -> Tensor | None:
-    """The fixed W (m, dim) of a kernel-attention layer over its bandwidth; None without one.
-
-    Drawn from torch's seeded CPU generator, with independent rows as published. ValueError for
-    kernel forms whose operation does not exist.
-    """
-    if config.attention_type != "kernel":
-        return None
-    if config.kernel_form != "features":
-        raise ValueError(
-            f"kernel_form: got {config.kernel_form!r}; accepted: 'features' (its operation is not "
-            "part of this version)"
-        )
-    if config.kernel_type == "linear":
-        return None
-    seed = int(torch.randint(2**31 - 1, (1,), device="cpu"))
-    with torch.device("cpu"):
-        drawn = kernels.sample_features(
-            config.kernel_type, dim, config.kernel_dim, orthogonal=False, seed=seed
-        )
-    return drawn / config.kernel_bandwidth
 
 
 def build_attention(config: ModelConfig, layer: int) -> AttentionLayer:

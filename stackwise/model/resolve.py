@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from stackwise.config import ConfigError, ModelConfig
+from stackwise.config.kernel_pairs import pair_fault
 
 # The published presets. Ranks and feature counts stay those of the configuration; "mlgka" is
 # multi-latent, grouped, kernel attention with the Laplacian kernel, "full_featured" the same with
@@ -182,11 +183,15 @@ def _attention_faults(config: ModelConfig) -> list[str]:
             f"rotary positions rotate pairs, got {rope_dim(config)} dimensions: give an even "
             "model.head_dim (model.mla_rope_dim for the deepseek form)"
         )
-    if config.attention_type == "kernel" and config.kernel_form != "features":
-        faults.append(
-            f"model.kernel_form: got {config.kernel_form!r}; accepted: 'features' (its operation "
-            "is not part of this version)"
-        )
+    if config.attention_type == "kernel":
+        fault = pair_fault(config.kernel_form, config.kernel_type, config.kernel_distance)
+        if fault is not None:
+            faults.append(f"model.{fault}")
+        if config.kernel_form == "linear" and config.sliding_window is not None:
+            faults.append(
+                f"model.sliding_window: got {config.sliding_window}; accepted: null for "
+                "model.kernel_form 'linear', whose state holds every key"
+            )
     latent = config.attention_type == "mla" and config.mla_form == "deepseek"
     if latent and not config.use_rope:
         faults.append(

@@ -24,6 +24,7 @@ from stackwise.model.layout import Layout
 from stackwise.objectives import build_objective
 from stackwise.runs import Checkpoint, RunStore, model_description
 from stackwise.training.devices import autocast, peak_memory_mb, reset_peak_memory
+from stackwise.training.feature_redraw import redraw_features
 from stackwise.training.optim import (
     build_optimizer,
     learning_rate_factor,
@@ -33,6 +34,7 @@ from stackwise.training.optim import (
     set_trainable,
     trainable_roles,
 )
+from stackwise.training.precision import FrozenPrecision, impose
 from stackwise.training.reporting import Reporter
 from stackwise.training.stage_input import MicroBatch, StageInput, evaluating
 from stackwise.training.stages import Stage, build_stages
@@ -65,6 +67,7 @@ class TrainingLoop:
         self.on_step = on_step
         self.objective = build_objective(config, data.tokenizer)
         self.pinned = model.pinned_parameters()
+        self.precision = FrozenPrecision(config, model, store)
         batches = max(1, len(data.train) // config.training.batch_size)
         accumulation = config.training.gradient_accumulation_steps
         self.stages = build_stages(config, max(1, batches // accumulation))
@@ -94,6 +97,7 @@ class TrainingLoop:
                 f"the configuration now gives {self.data.train.fingerprint}: the corpus, the "
                 "tokenizer or the packing has changed"
             )
+        impose(self.model, state["model"].get("precision"))
         self.model.load_state_dict(checkpoint.load("model"))
         self.state = state
         self._continued = checkpoint
@@ -109,11 +113,13 @@ class TrainingLoop:
                 self._run_stage(stage, reporter)
         finally:
             reporter.close()
+        self.precision.finish()
         return self.state["results"]
 
     def _run_stage(self, stage: Stage, reporter: Reporter) -> None:
         training, state = self.config.training, self.state
         self._started = time.perf_counter()
+        self._enter_precision(stage, reporter)
         reset_peak_memory(self.device)
         roles = trainable_roles(self.model, stage, self.pinned)
         set_trainable(self.model, roles)
@@ -138,6 +144,7 @@ class TrainingLoop:
             for step in range(first, stage.steps):
                 factor = learning_rate_factor(step, stage.steps, training)
                 set_learning_rate(optimizer, factor)
+                redraw_features(self.config, self.model, stage, step)
                 micro = [next(batches) for _ in range(accumulation)]
                 record = self._step(stage, source, optimizer, micro, bar)
                 self._after_step(stage, optimizer, reporter, record, bar)
@@ -145,6 +152,22 @@ class TrainingLoop:
         optimizer.zero_grad(set_to_none=True)
         del optimizer
         self._finish_stage(stage, reporter)
+
+    def _enter_precision(self, stage: Stage, reporter: Reporter) -> None:
+        """Quantises what freezes in ``stage`` and restores what trains; the errors are metrics."""
+        errors = self.precision.enter(stage)
+        if errors:
+            # Of the step to come: a run resumed before it quantises, and records, again.
+            reporter.log(
+                {
+                    "step": self.state["global_step"] + 1,
+                    "stage": stage.index,
+                    "stage_name": stage.name,
+                    "quantization_type": self.config.training.quantization_type,
+                    "quantization_error": max(errors.values()),
+                    "quantization_errors": errors,
+                }
+            )
 
     def _step(
         self,
@@ -276,6 +299,7 @@ class TrainingLoop:
         if optimizer is not None:
             tensors["optimizer"] = optimizer_tensors(optimizer)
         self.state["model"] = model_description(self.model)
+        self.state["model"]["precision"] = self.precision.description()
         step = self.state["global_step"]
         self._last_good = self.store.save_checkpoint(step, tensors, self.state)
 

@@ -174,3 +174,26 @@ def test_the_stages_are_the_trainer_s_own() -> None:
 )
 def test_sizes_for_people(size: float, text: str) -> None:
     assert size_text(size) == text
+
+
+def test_quantised_blocks_and_adapters_are_planned() -> None:
+    options = [
+        "training.mode=fused", "training.block_size=2", "training.max_steps=8",
+        "model.vocab_size=1000", "model.d_model=64", "model.n_layers=4", "model.n_heads=2",
+        "training.seq_len=32", "training.quantization_type=nvfp4",
+    ]  # fmt: skip
+    unquantised, frozen, adapted = (
+        plan(apply_overrides(StackWiseConfig(), [*options, *extra]), 100)
+        for extra in (
+            [],
+            ["training.quantization_enabled=true"],
+            ["training.quantization_enabled=true", "training.qlora_enabled=true"],
+        )
+    )
+    last = [planned.stages[-1] for planned in (unquantised, frozen, adapted)]
+    linear = sum(unquantised.parameters["blocks"][:2]) * 0.99
+    saved = last[0].memory.weights - last[1].memory.weights
+    assert 0.97 * linear * 3.4375 < saved < linear * 1.02 * 3.4375
+    assert "adapters of blocks 0-1" in last[2].trains
+    assert last[2].trainable_parameters > last[1].trainable_parameters
+    assert unquantised.stages[0].memory.weights == frozen.stages[0].memory.weights

@@ -63,6 +63,14 @@ def test_stage_count(overrides: str, count: int) -> None:
         ("model.vocab_size=300", "model.vocab_size 300 is below data.tokenizer_vocab_size 512"),
         ("model.kernel_dim=32", "model.kernel_dim: 32 has no effect with attention_type: standard"),
         (
+            "model.attention_type=kernel model.kernel_form=exact model.kernel_redraw_steps=50",
+            "model.kernel_redraw_steps: 50 has no effect with kernel_form: exact",
+        ),
+        (
+            "model.attention_type=kernel model.kernel_feature_map=relu",
+            "model.kernel_feature_map: 'relu' has no effect with kernel_type: gaussian,",
+        ),
+        (
             "training.joint_lr=0.1",
             "training.joint_lr: 0.1 has no effect with joint_tuning_steps: 0",
         ),

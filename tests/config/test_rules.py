@@ -92,16 +92,25 @@ CASES = [
         "model.architecture=gpt2",
     ),
     (
-        "model.kernel_form=exact model.attention_type=kernel",
-        "kernel_form: exact is not part of this version; accepted: features",
-        "model.kernel_form=features model.attention_type=kernel",
-    ),
-    (
         "model.kernel_form=exact model.kernel_type=uniform",
-        "the uniform kernel has no exact form",
+        "model.kernel_form: got 'exact', which the uniform kernel has not; accepted: features",
         "model.kernel_type=uniform",
     ),
-    ("model.kernel_form=linear", "kernel_form: linear is not part", "model.kernel_form=features"),
+    (
+        "model.kernel_form=linear model.kernel_type=laplacian",
+        "which the laplacian kernel has not; accepted: features, exact",
+        "model.kernel_form=exact model.kernel_type=laplacian model.attention_type=kernel",
+    ),
+    (
+        "model.kernel_form=exact model.kernel_type=laplacian model.kernel_distance=l1",
+        "model.kernel_distance: got 'l1' with kernel_form: exact",
+        "model.kernel_type=laplacian model.kernel_distance=l1 model.attention_type=kernel",
+    ),
+    (
+        "model.attention_type=kernel model.kernel_form=linear model.sliding_window=8",
+        "model.sliding_window: got 8 with kernel_form: linear",
+        "model.attention_type=kernel model.kernel_form=exact model.sliding_window=8",
+    ),
     (
         "model.freeze_up_proj=true model.ffn=gelu",
         "model.freeze_up_proj: got true, but the gelu",
@@ -288,14 +297,32 @@ CASES = [
     ),
     (
         "training.quantization_enabled=true",
-        "training.quantization_enabled: got true (quantization_type: fp32); quantised linears are "
-        "not part of this version",
-        "training.quantization_enabled=false",
+        "training.quantization_enabled: got true with quantization_type: fp32, which changes "
+        "nothing",
+        "training.quantization_enabled=true training.quantization_type=nvfp4",
+    ),
+    (
+        "training.quantization_enabled=true training.quantization_type=nf4 "
+        "training.mode=end_to_end",
+        "training.quantization_enabled: got true with mode: end_to_end",
+        "training.quantization_enabled=true training.quantization_type=nf4",
+    ),
+    (
+        "training.quantization_enabled=true training.quantization_type=nf4 training.mode=fused "
+        "training.fusion_mode=trainable",
+        "training.quantization_enabled: got true with fusion_mode: trainable",
+        "training.quantization_enabled=true training.quantization_type=nf4 training.mode=fused",
     ),
     (
         "training.qlora_enabled=true",
-        "training.qlora_enabled: got true; low-rank adapters are not part of this version",
-        "training.mode=fused training.fusion_mode=trainable",
+        "training.qlora_enabled: got true with mode: layerwise, fusion_mode: frozen",
+        "training.qlora_enabled=true training.mode=fused",
+    ),
+    (
+        "training.qlora_enabled=true training.mode=fused training.activation_cache=true "
+        "training.cache_mode=fusion",
+        "got true with an activation cache of the backbone",
+        "training.qlora_enabled=true training.mode=fused",
     ),
     (
         "evaluation.mask_rates=[0.5, 0.5]",

@@ -32,6 +32,7 @@ def test_gradcheck_of_the_definition(kind: str) -> None:
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "gaussian": lambda d: torch.exp(-d.square().sum(-1) / 2),
     "laplacian": lambda d: torch.exp(-d.norm(dim=-1)),
+    "laplacian_l1": lambda d: torch.exp(-d.abs().sum(-1)),
     "uniform": lambda d: torch.sinc(d / torch.pi).prod(-1),
 }
 
@@ -59,6 +60,57 @@ def test_positive_features_estimate_the_softmax_kernel(orthogonal: bool) -> None
     )
 
 
+def slope_and_interval(errors: Tensor, sizes: tuple[int, ...]) -> tuple[float, float, float]:
+    """Slope of log root mean square error over log m, and its 99% bootstrap interval.
+
+    ``errors`` (sizes, draws): squared errors of independent draws.
+    """
+    x = torch.tensor(sizes, dtype=torch.float64).log()
+    x = (x - x.mean()) / (x - x.mean()).square().sum()
+    generator = torch.Generator().manual_seed(0)
+    draws = errors.shape[1]
+    again = torch.randint(draws, (2000, draws), generator=generator)
+    means = errors[:, again].mean(-1)
+    slopes = (0.5 * means.log() * x[:, None]).sum(0)
+    low, high = torch.quantile(slopes, torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
+    return float((0.5 * errors.mean(1).log() * x).sum()), low, high
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("kernel", [*KERNELS, "positive"])
+def test_the_error_falls_with_the_root_of_the_number_of_features(
+    kernel: str, orthogonal: bool
+) -> None:
+    sizes, draws = (32, 128, 512, 2048), 150
+    generator = torch.Generator().manual_seed(3)
+    # Positive features of long vectors have heavy tails: no 150 draws would show their rate.
+    size = 4 if kernel == "positive" else 2
+    x, y = torch.randn(2, 25, 4, generator=generator, dtype=torch.float64) / size
+    truth = torch.exp((x * y).sum(-1)) if kernel == "positive" else KERNELS[kernel](x - y)
+    kind, spectrum = ("positive", "gaussian") if kernel == "positive" else ("cossin", kernel)
+    errors = torch.empty(len(sizes), draws, dtype=torch.float64)
+    for i, m in enumerate(sizes):
+        for draw in range(draws):
+            w = kernels.sample_features(spectrum, 4, m, orthogonal, seed=draw * 7919 + m)
+            phi = [kernels.random_features(t, w, kind) for t in (x, y)]
+            errors[i, draw] = ((phi[0] * phi[1]).sum(-1) - truth).square().mean()
+    slope, low, high = slope_and_interval(errors, sizes)
+    assert low <= -0.5 <= high, (slope, low, high)
+    assert high - low <= 0.12, (slope, low, high)
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_cosines_alone_converge_to_their_formula_and_not_to_the_kernel(kernel: str) -> None:
+    m = 1 << 16
+    w = kernels.sample_features(kernel, 4, m, orthogonal=False, seed=4)
+    x, y = torch.randn(20, 4) / 2, torch.randn(20, 4) / 2
+    phi = [kernels.random_features(t, w, "cos") for t in (x, y)]
+    mean = (phi[0] * phi[1]).mean(-1)
+    formula = (KERNELS[kernel](x - y) + KERNELS[kernel](x + y)) / 2
+    assert (mean - formula).abs().max() < 5 / m**0.5
+    assert (mean - KERNELS[kernel](x - y)).abs().max() > 0.05
+
+
 def test_orthogonal_rows_in_blocks_lower_the_error() -> None:
     w = kernels.sample_features("gaussian", 8, 20, orthogonal=True)
     for block in w.split(8):
@@ -84,6 +136,19 @@ def test_uniform_entries_lie_between_minus_one_and_one() -> None:
     assert w.abs().max() <= 1
     assert abs(float(w.mean())) < 0.01
     assert float(w.var()) == pytest.approx(1 / 3, rel=0.03)
+
+
+def test_entries_of_the_l1_spectrum_are_cauchy_and_independent() -> None:
+    w = kernels.sample_features("laplacian_l1", 16, 4000).double()
+    quantiles = torch.quantile(w.flatten(), torch.tensor([0.25, 0.5, 0.75]).double())
+    torch.testing.assert_close(quantiles, torch.tensor([-1.0, 0, 1]).double(), rtol=0, atol=0.03)
+    # Rows of the Euclidean one share their denominator: large entries come together.
+    large = {}
+    for kernel in ("laplacian_l1", "laplacian"):
+        w = kernels.sample_features(kernel, 16, 4000).abs() > 10
+        large[kernel] = float((w[:, 0] & w[:, 1]).float().mean())
+    assert large["laplacian_l1"] < 0.01
+    assert large["laplacian"] > 0.02
 
 
 def test_the_published_attention_is_attention_on_cosine_features() -> None:

@@ -132,7 +132,7 @@ class TestMLGKALayer:
             MLGKALayer(30, 48, 4)
         with pytest.raises(ValueError, match="n_kv_heads: got 3"):
             MLGKALayer(32, 48, 4, n_kv_heads=3)
-        with pytest.raises(ValueError, match="kernel: got 'cubic'"):
+        with pytest.raises(ValueError, match="kernel_type: got 'cubic'"):
             MLGKALayer(32, 48, 4, kernel_type="cubic")
         with pytest.raises(ValueError, match="attention_mode: got 'left'"):
             MLGKALayer(32, 48, 4, attention_mode="left")

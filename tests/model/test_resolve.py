@@ -115,8 +115,14 @@ def test_latent_attention_turns_rotary_positions_on_for_gpt2() -> None:
         ({"d_model": 100, "n_heads": 3}, r"n_heads: got 3; accepted: a divisor of .*=100"),
         ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads: got 3"),
         ({"d_model": 36, "n_heads": 4}, "rotary positions rotate pairs, got 9"),
-        ({"attention_type": "kernel", "kernel_form": "exact"}, "kernel_form: got 'exact'"),
-        ({"attention_type": "kernel", "kernel_form": "linear"}, "kernel_form: got 'linear'"),
+        (
+            {"attention_type": "kernel", "kernel_form": "exact", "kernel_type": "uniform"},
+            "kernel_form: got 'exact', which the uniform kernel has not; accepted: features",
+        ),
+        (
+            {"attention_type": "kernel", "kernel_form": "linear", "sliding_window": 8},
+            "sliding_window: got 8; accepted: null for model.kernel_form 'linear'",
+        ),
         ({"attention_type": "mla", "use_rope": False}, "use_rope: got false"),
         ({"attention_type": "mla", "n_kv_heads": 2}, "n_kv_heads: got 2"),
         ({"d_model": -8, "head_dim": 4, "d_ff": 4}, "d_model: got -8"),
