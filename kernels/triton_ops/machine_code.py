@@ -28,10 +28,23 @@ from triton.compiler import ASTSource
 
 from .launch import ARCHITECTURES
 
-MODULES = ("gated", "bias_gelu", "rope", "norms", "reduction")
+MODULES = (
+    "gated",
+    "bias_gelu",
+    "rope",
+    "norms",
+    "attention_cases",
+    "linear_attention",
+    "linear_cross_entropy",
+    "quantized_matmul",
+    "reduction",
+)
 
 # Bytes of shared memory that one block may use.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+# A Hopper matrix instruction whose left operand comes from registers.
+REGISTER_A = r"HGMMA\S* R\d+, R\d+, gdesc"
 
 # What a loaded or stored vector of 16 bytes looks like.
 VECTOR_LOAD, VECTOR_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
@@ -46,7 +59,8 @@ class Case:
     ``signature`` gives the Triton type of each runtime argument ("*bf16", "i32", "fp32", ...), in
     any order; ``constants`` the constexpr ones. Pointers, and the integers in ``aligned``, count
     as multiples of 16, as the launcher finds them for well-aligned tensors. ``expects`` are regular
-    expressions that must each match an instruction of the machine code.
+    expressions that must each match an operation of the machine code, or, with a space in them, an
+    operation with its operands.
     """
 
     kernel: Any
@@ -126,6 +140,9 @@ def inspect(case: Case) -> Report:
     if counted is None or not operations:
         raise RuntimeError(f"{case.name}: unreadable machine code: {usage[:200]!r}")
 
+    def found(pattern: str) -> bool:
+        return bool(re.search(pattern, sass)) if " " in pattern else count(pattern + r"\S*") > 0
+
     def count(pattern: str) -> int:
         return sum(1 for operation in operations if re.fullmatch(pattern, operation))
 
@@ -143,7 +160,7 @@ def inspect(case: Case) -> Report:
         vector_stores=count(VECTOR_STORE + r"\S*"),
         matrix_instructions=count(r"(UTC)?[HQIO]?G?MMA\S*"),
         tma_instructions=count(r"(UTMA(LDG|STG|REDG)|UBLKCP)\S*"),
-        missing=" ".join(p for p in case.expects if count(p + r"\S*") == 0),
+        missing=" ".join(p for p in case.expects if not found(p)),
         digest=case.digest,
         triton_version=triton.__version__,
     )

@@ -32,7 +32,7 @@ def make(monkeypatch: pytest.MonkeyPatch, repository: Path) -> Make:
     """Settings for a variant of examined_variants.py, registered here and in the child."""
     registry = {op: dict(variants) for op, variants in dispatch._registry.items()}
     monkeypatch.setattr(dispatch, "_registry", registry)
-    monkeypatch.setattr(oracle_cases, "_cases", dict(oracle_cases._cases))
+    monkeypatch.setattr(oracle_cases, "_cases", dict(oracle_cases._all()))
     monkeypatch.setenv("PYTHONPATH", str(repository))
 
     def settings(variant: str, *pairs: tuning.Pair, **options: Any) -> tuning.Settings:

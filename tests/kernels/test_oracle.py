@@ -14,7 +14,7 @@ from tests.kernels import examined_variants
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = {op: dict(variants) for op, variants in dispatch._registry.items()}
     monkeypatch.setattr(dispatch, "_registry", registry)
-    monkeypatch.setattr(oracle_cases, "_cases", dict(oracle_cases._cases))
+    monkeypatch.setattr(oracle_cases, "_cases", dict(oracle_cases._all()))
 
 
 def findings(variant: str, dtype: str) -> list[oracle.Finding]:

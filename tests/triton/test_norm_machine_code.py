@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("triton")
 
 from stackwise.kernels.triton_ops import norms
-from stackwise.kernels.triton_ops.launch import ARCHITECTURES
 from stackwise.kernels.triton_ops.machine_code import Case, Report, faults, inspect
 from stackwise.kernels.triton_ops.norm_plan import NormPlan
 
@@ -32,13 +31,6 @@ def test_layer_norm_of_bf16_keeps_its_programs_resident(arch: int, width: int) -
         "norm_forward_kernel",
         "norm_backward_kernel",
     }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_launch_configuration(arch: int) -> None:
-    for case in norms.machine_code_cases(arch):
-        check(case)
 
 
 def test_a_row_beyond_the_accepted_width_would_spill() -> None:
