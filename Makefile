@@ -60,7 +60,7 @@ test-old-triton: $(OLD_TRITON_DIR)/.installed  ## run the kernel tests with the 
 	PYTHONPATH=$(OLD_TRITON_DIR) STACKWISE_MACHINE_CODE_SAMPLE=40 $(PY) -m pytest -q --tb=short -n $(JOBS) \
 	  --dist load tests/triton -m "not slow and not gpu" -k "interpreter or sample" $(PYTEST_ARGS)
 
-test-machine-code: $(READY)  ## compile every configuration of every kernel for every architecture (an hour on 2 cores)
+test-machine-code: $(READY)  ## compile every configuration of every kernel for every architecture (long)
 	$(PY) -m benchmarks.machine_code --all --processes $(JOBS)
 
 test-all: test test-slow test-old-triton test-machine-code  ## run all four

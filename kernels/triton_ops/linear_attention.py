@@ -177,7 +177,7 @@ def _prepare(
 ) -> _Call:
     n_features = k.shape[-1] if features is None else features.shape[0]
     arch = architecture(q.device)
-    plan = plan_linear(k.shape[-1], v.shape[-1], n_features, q.dtype, arch)
+    plan = plan_linear(k.shape[-1], v.shape[-1], n_features, q.dtype, arch, feature_map)
     if bias is not None:
         bias = bias.transpose(0, -2).reshape(bias.shape[-2], -1).contiguous()
     if cu_seqlens_q is None:
@@ -437,7 +437,7 @@ def _case(
     kernel: Any, arch: int, dtype: torch.dtype, name: str, width: int, features: int, causal: bool
 ) -> Case:
     features = features if name == "favor" else width
-    plan = plan_linear(width, width, features, dtype, arch)
+    plan = plan_linear(width, width, features, dtype, arch, name)
     constants = {
         "CAUSAL": causal,
         "GROUP": 4,
@@ -468,7 +468,7 @@ def _expected(dtype: torch.dtype, arch: int) -> tuple[str, ...]:
 
 
 def _scan_case(arch: int, causal: bool, reverse: bool) -> Case:
-    plan = plan_linear(*_SIZES[1], _SIZES[1][1], torch.bfloat16, arch)
+    plan = plan_linear(*_SIZES[1], _SIZES[1][1], torch.bfloat16, arch, "favor")
     constants = {
         "CAUSAL": causal,
         "REVERSE": reverse,

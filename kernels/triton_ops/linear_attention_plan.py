@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear_attention import EXPONENTIAL_MAPS
 from .launch import architecture, power_of_two
 
 LEAST_BLOCK = 16
@@ -33,13 +34,15 @@ class LinearPlan:
 
 
 def plan_linear(
-    width: int, v_width: int, features: int, dtype: torch.dtype, arch: int
+    width: int, v_width: int, features: int, dtype: torch.dtype, arch: int, feature_map: str
 ) -> LinearPlan:
-    """For head dimensions up to ``widest``. Only wgmma takes an operand from shared memory: what
+    """For head dimensions up to ``widest``. An exponential map needs registers for its running
+    maxima. Only wgmma takes an operand from shared memory: what
     has none, and products of float32 operands (float16 and float32 inputs), needs smaller tiles."""
     rows, block, num_warps, value_warps = 16, 16, 4, 4
     if arch == 90 and dtype == torch.bfloat16:
-        block = 64 if max(width, v_width) <= 64 else 32
+        narrow = max(width, v_width) <= 64 or feature_map not in EXPONENTIAL_MAPS
+        block = 64 if narrow else 32
         rows, num_warps, value_warps = 64, 8, 8
     elif arch == 90 and dtype == torch.float16:
         rows, block = 32, 32

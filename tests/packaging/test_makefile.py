@@ -154,10 +154,12 @@ def test_an_unusable_python_is_named(
     assert not (project.root / ".venv").exists()
 
 
-def test_test_all_adds_the_slow_tests_and_the_oldest_triton(project: Project) -> None:
+def test_test_all_adds_the_slow_tests_the_oldest_triton_and_all_machine_code(
+    project: Project,
+) -> None:
     arguments = ("make", "test-all", "VENV=", "JOBS=3", "PYTEST_ARGS=-k name")
     assert project.run(*arguments).returncode == 0
-    quick, slow, install, version, old = project.log()
+    quick, slow, install, version, old, compiled = project.log()
     assert "-n 3" in quick
     assert quick.endswith("-m not slow and not gpu -k name")
     assert slow.endswith("--run-slow -m slow and not gpu -k name")
@@ -166,6 +168,7 @@ def test_test_all_adds_the_slow_tests_and_the_oldest_triton(project: Project) ->
     assert "tests/triton -m not slow and not gpu -k interpreter or sample -k name" in old
     assert "path=build/triton-3.6.0 " in old
     assert "path= " in quick
+    assert compiled.endswith("-m benchmarks.machine_code --all --processes 3")
     project.run(*arguments)
     assert not installs(project.log()), "it is installed once"
 
