@@ -19,7 +19,7 @@ from . import checks
 from .formats import FORMATS, FP8_BLOCK, NESTED_BLOCK, table
 
 TENSORS = ("data", "scale", "global_scale", "nested_scale", "offset")
-_CHUNK = 1 << 18  # elements in flight: few enough for the caches of a core
+_CHUNK = 1 << 18  # elements in flight per thread: few enough for the caches of a core
 
 
 class QuantizedTensor:
@@ -222,26 +222,27 @@ def decode(weight: QuantizedTensor, out: Tensor, rows: slice, columns: slice) ->
     width = columns.stop - columns.start
     blocked = max(1, spec.block) if spec.four_bit else 1
     stored = slice(columns.start // per_byte, -(-columns.stop // blocked) * blocked // per_byte)
-    step = max(1, _CHUNK // max(1, width))
+    step = max(1, _CHUNK * torch.get_num_threads() // max(1, width))
     for start in range(rows.start, rows.stop, step):
         part = slice(start, min(start + step, rows.stop))
-        codes = data[part, stored]
-        values = unpack_codes(codes, spec.element) if spec.four_bit else codes.to(high)
-        values = values.to(high)
+        values = unpack_codes(data[part, stored].view(torch.uint8), spec.element).to(high)
         values.mul_(element_scales(weight, part, columns.start, values.shape[1]))
         out[part.start - rows.start : part.stop - rows.start] = values[:, :width]
 
 
 def unpack_codes(data: Tensor, element: str) -> Tensor:
-    """Bytes (N, K / 2) to float32 values (N, K)."""
-    make = _pair_table.__wrapped__ if torch.compiler.is_compiling() else _pair_table
-    pairs = make(element, data.device)
-    return pairs.index_select(0, data.reshape(-1).int()).view(torch.float32).view(len(data), -1)
+    """Bytes (N, width) to float32 values: two of each byte for the 4-bit elements, one for e4m3."""
+    make = _byte_table.__wrapped__ if torch.compiler.is_compiling() else _byte_table
+    values = make(element, data.device).index_select(0, data.reshape(-1).int())
+    return values.view(torch.float32).view(len(data), -1)
 
 
 @cache
-def _pair_table(element: str, device: torch.device) -> Tensor:
-    """For each byte its two float32 values as one int64, so that a lookup fetches both."""
+def _byte_table(element: str, device: torch.device) -> Tensor:
+    """What each byte stands for; a pair of values as one int64, so that a lookup fetches both."""
+    if element == "e4m3":
+        codes = torch.arange(256, dtype=torch.uint8, device=device)
+        return codes.view(torch.float8_e4m3fn).float()
     values = table(element, device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)
     return pairs.view(torch.int64).view(-1)
