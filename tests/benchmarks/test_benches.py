@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -126,7 +127,9 @@ def test_the_pytest_front_end_records_events_and_memory(tmp_path) -> None:
     file = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["benchmarks", "--benchmark-only", f"--benchmark-json={file}", "-k", "swiglu"]
-    result = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
+    # Inside a worker of xdist pytest-benchmark would take itself for one too.
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=FOLDER.parent, env=own, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     measured = json.loads(file.read_text())["benchmarks"]
     assert len(measured) == 6, "two providers in three modes"
