@@ -58,7 +58,7 @@ test-slow: $(READY)  ## run only the tests that `make test` leaves out for their
 test-old-triton: $(OLD_TRITON_DIR)/.installed  ## run the kernel tests with the oldest Triton that is supported
 	PYTHONPATH=$(OLD_TRITON_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLD_TRITON)"'
 	PYTHONPATH=$(OLD_TRITON_DIR) STACKWISE_MACHINE_CODE_SAMPLE=40 $(PY) -m pytest -q --tb=short -n $(JOBS) \
-	  --dist load tests/triton -m "not slow and not gpu" -k "interpreter or sample" $(PYTEST_ARGS)
+	  --dist load tests/triton -m "not slow and not gpu" -k "interpreter or sample or plain_training" $(PYTEST_ARGS)
 
 test-machine-code: $(READY)  ## compile every configuration of every kernel for every architecture (long)
 	$(PY) -m benchmarks.machine_code --all --processes $(JOBS)
