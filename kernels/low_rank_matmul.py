@@ -155,25 +155,5 @@ SCHEMA = (
     "float alpha, Tensor? bias) -> Tensor"
 )
 
-
-def _low_rank_matmul(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor | None,
-    global_scale: Tensor | None,
-    nested_scale: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    shape: list[int],
-    transposed: bool,
-    left: Tensor | None,
-    right: Tensor | None,
-    alpha: float,
-    bias: Tensor | None,
-) -> Tensor:
-    parts = (data, scale, global_scale, nested_scale, offset)
-    return in_pieces(x, *parts, format, shape, transposed, left, right, alpha, bias)
-
-
 # The product by the engine that runs it; Triton's joins when it loads.
-MATMULS = {"torch": define(SCHEMA.format(name="low_rank_matmul"), _low_rank_matmul, fake)}
+MATMULS = {"torch": define(SCHEMA.format(name="low_rank_matmul"), in_pieces, fake)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..library import define, quick_apply, unobserved
+from ..norm_ops import OPTIONS, cast, define_forward
 from . import launch
 from .launch import TYPE_CODES, pointer, rows_of
 
@@ -93,48 +94,12 @@ def _gradients(ctx: Any, dy: Tensor | None, dsummed: Tensor | None) -> tuple[Any
         dbias = dbias if needs_bias else None
     if ds is None:
         return (None,) * 7
-    dresidual = _cast(ds, *residual_dtype) if residual_dtype else None
-    return _cast(ds, x_dtype), dresidual, dweight, dbias, None, None, None
+    dresidual = cast(ds, *residual_dtype) if residual_dtype else None
+    return cast(ds, x_dtype), dresidual, dweight, dbias, None, None, None
 
 
 _apply = quick_apply(_Norm)
 _gradients_once = once_differentiable(_gradients)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    stats = _new_stats(x, centered)
-    _launch_forward(x, None, weight, bias, y, None, stats, eps, weight_offset, centered)
-    return y, stats
-
-
-def _residual_forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    y, summed = (
-        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)
-    )
-    stats = _new_stats(x, centered)
-    _launch_forward(x, residual, weight, bias, y, summed, stats, eps, weight_offset, centered)
-    return y, summed, stats
 
 
 def _launch_forward(
@@ -152,10 +117,10 @@ def _launch_forward(
     if x.numel() == 0:
         return
     dtype, width = y.dtype, weight.shape[0]
-    x, x_stride = rows_of(_cast(x, dtype), width)
+    x, x_stride = rows_of(cast(x, dtype), width)
     residual_stride = 0
     if residual is not None:
-        residual, residual_stride = rows_of(_cast(residual, dtype), width)
+        residual, residual_stride = rows_of(cast(residual, dtype), width)
     weight, bias = _parameters(weight, bias, dtype)
     types = TYPE_CODES[dtype] | TYPE_CODES[weight.dtype] << 4
     launch.run(
@@ -210,10 +175,10 @@ def _backward(
     if weight_grad:
         partial = stats.new_empty(count * (width + bias_width))
     types = TYPE_CODES[s.dtype] | TYPE_CODES[weight.dtype] << 4 | TYPE_CODES[dbias.dtype] << 8
-    dy, dy_stride = rows_of(_cast(dy, s.dtype), width)
+    dy, dy_stride = rows_of(cast(dy, s.dtype), width)
     dsummed_stride = 0
     if dsummed is not None:
-        dsummed, dsummed_stride = rows_of(_cast(dsummed, s.dtype), width)
+        dsummed, dsummed_stride = rows_of(cast(dsummed, s.dtype), width)
     s, s_stride = rows_of(s, width)
     weight = weight.contiguous()
     launch.run(
@@ -227,33 +192,6 @@ def _backward(
         ),
     )
     return ds, dweight, dbias
-
-
-def _new_stats(x: Tensor, centered: bool) -> Tensor:
-    """rstd, and for a centered norm the mean, of every row: (N) or (2, N) float32."""
-    rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
-    shape = (2, rows) if centered else (rows,)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, weight_offset: float, centered: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _new_stats(x, centered)
-
-
-def _residual_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    y, summed = (x.new_empty(x.shape, dtype=dtype) for _ in range(2))
-    return y, summed, _new_stats(x, centered)
 
 
 def _backward_fake(
@@ -272,20 +210,10 @@ def _backward_fake(
     return s.new_empty(s.shape), dweight, dbias
 
 
-_OPTIONS = "float weight_offset, bool centered"
-_PARAMETERS = f"Tensor weight, Tensor? bias, float eps, {_OPTIONS}"
-_forward_op = define(
-    f"cuda_norm_forward(Tensor x, {_PARAMETERS}) -> (Tensor, Tensor)", _forward, _forward_fake
-)
-_residual_op = define(
-    f"cuda_norm_residual_forward(Tensor x, Tensor residual, {_PARAMETERS})"
-    " -> (Tensor, Tensor, Tensor)",
-    _residual_forward,
-    _residual_fake,
-)
+_forward, _residual_forward, _forward_op, _residual_op = define_forward("cuda", _launch_forward)
 _backward_op = define(
     "cuda_norm_backward(Tensor dy, Tensor? dsummed, Tensor s, Tensor weight, Tensor stats, "
-    f"{_OPTIONS}, bool weight_grad, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
+    f"{OPTIONS}, bool weight_grad, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

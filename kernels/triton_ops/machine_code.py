@@ -34,7 +34,7 @@ MODULES = (
     "rope",
     "norms",
     "attention_cases",
-    "linear_attention",
+    "linear_attention_cases",
     "linear_cross_entropy",
     "quantized_matmul",
     "reduction",

@@ -7,7 +7,6 @@ and a second kernel adds those rows in a fixed order: the same bits every time, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..library import define, quick_apply, unobserved
+from ..norm_ops import OPTIONS, cast, define_forward
 from .launch import MULTIPROCESSORS, as_rows, on_device
 from .machine_code import TRITON_TYPES, VECTOR_LOAD, VECTOR_STORE, Case
 from .norm_kernels import _norm_backward_kernel, _norm_forward_kernel
@@ -93,60 +93,24 @@ def _gradients(ctx: Any, dy: Tensor | None, dsummed: Tensor | None) -> tuple[Any
         s, weight, *stats = ctx.saved_tensors
         _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if not stats:
-            dbias = _cast(torch.zeros_like(weight), bias_dtype) if needs_bias else None
+            dbias = cast(torch.zeros_like(weight), bias_dtype) if needs_bias else None
             return dy, None, torch.zeros_like(weight), dbias, None, None, None
         run: Any = _backward if unobserved(s, weight) else _backward_op
         needs = needs_weight or needs_bias
         ds, sums = run(dy, dsummed, s, weight, stats[0], *ctx.options, needs, needs_bias)
         if needs_bias:
             dweight, dbias = sums.unbind()
-            dbias = _cast(dbias, bias_dtype)
+            dbias = cast(dbias, bias_dtype)
         elif needs_weight:
             (dweight,) = sums.unbind()
     if ds is None:
         return (None,) * 7
-    dresidual = _cast(ds, *residual_dtype) if residual_dtype else None
-    return _cast(ds, x_dtype), dresidual, dweight, dbias, None, None, None
+    dresidual = cast(ds, *residual_dtype) if residual_dtype else None
+    return cast(ds, x_dtype), dresidual, dweight, dbias, None, None, None
 
 
 _apply = quick_apply(_Norm)
 _gradients_once = once_differentiable(_gradients)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    stats = _new_stats(x, centered)
-    _launch_forward(x, None, weight, bias, y, None, stats, eps, weight_offset, centered)
-    return y, stats
-
-
-def _residual_forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    y, summed = (
-        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)
-    )
-    stats = _new_stats(x, centered)
-    _launch_forward(x, residual, weight, bias, y, summed, stats, eps, weight_offset, centered)
-    return y, summed, stats
 
 
 def _launch_forward(
@@ -228,12 +192,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(0) < 1 << 22 else x.contiguous()
 
 
-def _new_stats(x: Tensor, centered: bool) -> Tensor:
-    n_rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
-    shape = (2, n_rows) if centered else (n_rows,)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS[90]
@@ -245,26 +203,6 @@ def _multiprocessors(device: torch.device) -> int:
 @cache
 def _cuda_multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, weight_offset: float, centered: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _new_stats(x, centered)
-
-
-def _residual_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    y, summed = (x.new_empty(x.shape, dtype=dtype) for _ in range(2))
-    return y, summed, _new_stats(x, centered)
 
 
 def _backward_fake(
@@ -281,20 +219,10 @@ def _backward_fake(
     return s.new_empty(s.shape), weight.new_empty(weight_grad + bias_grad, len(weight))
 
 
-_OPTIONS = "float weight_offset, bool centered"
-_PARAMETERS = f"Tensor weight, Tensor? bias, float eps, {_OPTIONS}"
-_forward_op = define(
-    f"triton_norm_forward(Tensor x, {_PARAMETERS}) -> (Tensor, Tensor)", _forward, _forward_fake
-)
-_residual_op = define(
-    f"triton_norm_residual_forward(Tensor x, Tensor residual, {_PARAMETERS})"
-    " -> (Tensor, Tensor, Tensor)",
-    _residual_forward,
-    _residual_fake,
-)
+_forward, _residual_forward, _forward_op, _residual_op = define_forward("triton", _launch_forward)
 _backward_op = define(
     "triton_norm_backward(Tensor dy, Tensor? dsummed, Tensor s, Tensor weight, Tensor stats, "
-    f"{_OPTIONS}, bool weight_grad, bool bias_grad) -> (Tensor, Tensor)",
+    f"{OPTIONS}, bool weight_grad, bool bias_grad) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -8,7 +8,7 @@ Works on any ``torch.nn.Module`` with ``nn.Linear`` layers (or Transformers' ``C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,7 +317,7 @@ def _refuse_fused_experts(model: nn.Module, skip: Sequence[str]) -> None:
 
 def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
     owners: dict[int, list[str]] = {}
-    for name, parameter in _every_parameter(model):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in chosen:
         sharing = owners[id(model.get_submodule(name).weight)]
@@ -326,7 +326,3 @@ def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
                 f"model: {' and '.join(sharing)} are one tensor; accepted: weights of their own "
                 f"(name {name} in skip to leave it)"
             )
-
-
-def _every_parameter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return iter(model.named_parameters(remove_duplicate=False))

@@ -104,6 +104,8 @@ class TrainingLoop:
         self._last_good = checkpoint.path
         self._loss_sum.fill_(state["totals"]["loss_since_log"])
         _set_rng_state(checkpoint.load("rng"), self.device)
+        if state["stage"] > 0 and state["stage_step"] == 0:
+            self._back_up(self.stages[state["stage"] - 1])
 
     def train(self) -> list[dict[str, Any]]:
         """Runs every stage that is left; returns one result record per stage."""
@@ -309,16 +311,12 @@ class TrainingLoop:
             load_optimizer_tensors(optimizer, self._continued.load("optimizer"))
 
     def _finish_stage(self, stage: Stage, reporter: Reporter) -> None:
-        """Validates, backs up the trained blocks, and checkpoints the start of the next stage."""
+        """Validates, checkpoints the start of the next stage, and backs up the trained blocks."""
         totals, state = self.state["totals"], self.state
         seconds = self._seconds()
         peak = peak_memory_mb(self.device)
         record = self._validation_record(stage)
         reporter.log(record)
-        for index in stage.trainable:
-            self.store.save_block(
-                index, self.model.blocks[index].state_dict(), {"stage": stage.index}
-            )
         state["results"].append(
             {
                 "stage": stage.index,
@@ -335,6 +333,18 @@ class TrainingLoop:
         state.update(stage=stage.index + 1, stage_step=0, totals=_zero_totals())
         self._started = time.perf_counter()
         self._save(stage, None)
+        self._back_up(stage)
+
+    def _back_up(self, stage: Stage) -> None:
+        """Full-precision copies of what ``stage`` trained.
+
+        Only once its last checkpoint stands: a run resumed from the one before still needs the
+        copies from before, which its quantised blocks are restored from.
+        """
+        for index in stage.trainable:
+            self.store.save_block(
+                index, self.model.blocks[index].state_dict(), {"stage": stage.index}
+            )
 
     @torch.no_grad()
     def _validation_record(self, stage: Stage) -> dict[str, Any]:

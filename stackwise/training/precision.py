@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stackwise.config import StackWiseConfig, TrainingConfig
-from stackwise.model.adapters import LoRALinear, adapters, add_lora, remove_lora
+from stackwise.model.adapters import adapters, add_lora, remove_lora
 from stackwise.model.decoder import Decoder
 from stackwise.model.quantized import (
     HalfLinear,
@@ -91,10 +91,7 @@ class FrozenPrecision:
         frozen_form = _is_frozen_form(block)
         dequantize_model(block)
         if frozen_form:
-            device = next(block.parameters()).device
-            tensors = self.store.load_block(index)
-            block.load_state_dict({name: t.to(device) for name, t in tensors.items()}, assign=True)
-            _as_parameters(block)
+            block.load_state_dict(self.store.load_block(index))
         with torch.no_grad():
             for name, delta in deltas.items():
                 weight: Any = block.get_submodule(name).weight
@@ -154,11 +151,3 @@ def impose(model: Decoder, description: dict[str, Any] | None) -> None:
 
 def _is_frozen_form(block: nn.Module) -> bool:
     return any(isinstance(part, QuantizedLinear | HalfLinear) for part in block.modules())
-
-
-def _as_parameters(block: nn.Module) -> None:
-    """Trainable again: what a stage leaves frozen it switches off itself."""
-    for part in block.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            if not isinstance(part, LoRALinear):
-                setattr(part, name, nn.Parameter(parameter.detach()))

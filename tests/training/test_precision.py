@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import pathlib
 
 import pytest
 import torch
@@ -188,3 +190,59 @@ def test_a_stopped_run_continues_with_the_same_numbers(mode, stop, make_config):
     assert numbers(stopped) == numbers(whole.run_path)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_run_stopped_between_the_last_step_and_the_checkpoint_of_a_stage(
+    make_config, monkeypatch
+):
+    """The joint phase trains restored blocks: resumed, it must restore what they were before."""
+    options = ["training.mode=layerwise", "training.joint_tuning_steps=2", *quantized("nvfp4")]
+    options.append("training.save_interval=100")
+    whole = UnifiedTrainer(make_config(*options)).train()
+    save = RunStore.save_checkpoint
+
+    class Stop(Exception):
+        pass
+
+    def stopping(self, step, tensors, state):
+        if state["stage"] == 4:
+            raise Stop
+        return save(self, step, tensors, state)
+
+    monkeypatch.setattr(RunStore, "save_checkpoint", stopping)
+    with pytest.raises(Stop):
+        UnifiedTrainer(make_config(*options)).train()
+    monkeypatch.undo()
+    (stopped,) = [path for path in whole.run_path.parent.iterdir() if path != whole.run_path]
+    resumed = UnifiedTrainer.resume(stopped).train()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    for index in range(3):
+        first, again = (RunStore.open(run).load_block(index) for run in (whole.run_path, stopped))
+        assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_backups_missing_after_a_checkpoint_are_made_up_for(make_config, monkeypatch):
+    options = ["training.mode=layerwise", *quantized("nvfp4")]
+    back_up = TrainingLoop._back_up
+
+    class Stop(Exception):
+        pass
+
+    def stopping(self, stage):
+        if stage.index == 1:
+            raise Stop
+        back_up(self, stage)
+
+    monkeypatch.setattr(TrainingLoop, "_back_up", stopping)
+    with pytest.raises(Stop):
+        UnifiedTrainer(make_config(*options)).train()
+    monkeypatch.undo()
+    (stopped,) = _runs(make_config(*options))
+    UnifiedTrainer.resume(stopped).train()
+    manifest = json.loads((stopped / "full_precision/block_1/manifest.json").read_text())
+    assert manifest["stage"] == 1
+
+
+def _runs(config) -> list[pathlib.Path]:
+    return [path for path in pathlib.Path(config.run.dir).iterdir() if path.is_dir()]
